@@ -24,6 +24,8 @@ Norm = Literal["layer", "rms"]
 Position = Literal["learned", "rotary"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu"]
 AttentionBias = Literal["none", "qkv", "qkvo"]
+Backend = Literal["native", "torch"]
+Level = Literal["portable", "avx2", "avx512"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -323,7 +325,7 @@ class PretrainConfig:
     """Length of that sample; 0 for none."""
     seed: int = 0
     """Of the initial weights, the order of the data, dropout and samples."""
-    backend: Literal["native", "torch"] = "native"
+    backend: Backend = "native"
     """native: the SIMD core on the CPU; torch: PyTorch, also on a GPU (pip install "ingot[torch]")."""
     device: str | None = None
     """Of the torch backend: cpu or cuda."""
@@ -331,7 +333,7 @@ class PretrainConfig:
     """Arithmetic of the matrix products."""
     threads: int | None = None
     """CPU threads; what affinity and the container allow unless given. The result does not depend on it."""
-    level: Literal["portable", "avx2", "avx512"] | None = None
+    level: Level | None = None
     """Force an instruction level; the best one unless given."""
     cache_dir: str | None = None
     """Where token files are kept for the next run; .cache in the output folder's parent unless given."""

@@ -1,0 +1,31 @@
+"""What all tests share: the instruction levels that this machine has, and a closing line that names those it lacks."""
+
+from __future__ import annotations
+
+import os
+
+# One thread pool a process is enough beside the tests' own; set before torch is imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+import ingot
+
+ALL_LEVELS = ("portable", "avx2", "avx512")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the levels that could not be run here: they do not count as passed."""
+    available = ingot.build_info()["levels_available"]
+    lacking = [level for level in ALL_LEVELS if level not in available]
+    terminalreporter.write_line(
+        f"instruction levels run: {', '.join(available)}; not run on this machine: {', '.join(lacking) or 'none'}"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument ``level`` runs at each level that the machine has."""
+    if "level" in metafunc.fixturenames:
+        metafunc.parametrize("level", ingot.build_info()["levels_available"])
