@@ -1,0 +1,266 @@
+"""The command line as a person types it: what it prints, what it leaves on disk, what it says to a mistake, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ingot.cli import COMMANDS, main
+
+TEXT = "".join(
+    f"{who} went to the {place} and found a {thing}. It was {number}.\n"
+    for number in range(12)
+    for who in ("Anna", "Ben", "Clara")
+    for place in ("river", "tower", "garden")
+    for thing in ("key", "lamp", "letter")
+)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with a text, a tokenizer trained on it and a small finished run."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    assert (
+        main(["tokenizer", "train", str(folder / "a.txt"), "--vocab-size", "300", "--output", str(folder / "tok")]) == 0
+    )
+    assert main(pretrain(folder, folder / "run", "--max-steps", "6")) == 0
+    return folder
+
+
+def pretrain(folder, output, *more):
+    shape = ["--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2"]
+    batch = ["--max-length", "32", "--per-device-train-batch-size", "4", "--logging-steps", "2", "--sample-tokens", "8"]
+    data = ["--data", str(folder / "a.txt"), "--tokenizer", str(folder / "tok"), "--output", str(output)]
+    return ["pretrain", *data, *shape, *batch, *more]
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output and standard error of a command."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_all_flags_explained(name, capsys):
+    code, out, _ = run(capsys, *name.split(), "--help")
+    assert code == 0
+    assert f"usage: ingot {name}" in out
+    flags = re.findall(r"^│ (--[a-z.-]+)", out, flags=re.MULTILINE)
+    explained = re.findall(r"^│ (--[a-z.-]+)[^\n]*\n│ {6,}\S", out, flags=re.MULTILINE)
+    short = re.findall(r"^│ (--[a-z.-]+)[^\n]*? {2,}[A-Za-z0-9\"][^\n]*│$", out, flags=re.MULTILINE)
+    assert set(flags) <= {*explained, *short}
+
+
+def test_overview_lists_all_commands_at_once(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name, entry in COMMANDS.items():
+        assert name in out
+        assert entry.help in out
+
+
+def test_overview_loads_nothing_heavy():
+    program = "import sys; from ingot.cli import main; main(['--help']); print(sorted({'numpy','rich','tyro','torch'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_import_loads_neither_torch_nor_rich():
+    program = "import sys, ingot; ingot.Tokenizer, ingot.ModelConfig, ingot.build_info(); print(sorted({'torch','rich','transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "did you mean 'ingot pretrain'"),
+        (["tokenizer", "encod"], "did you mean 'ingot tokenizer encode'"),
+        (["pretrain", "--max-step", "3"], "--max-steps"),
+        (["pretrain", "--recipe", "shakespeare", "--data", "x"], "shakespeare-char"),
+        (["pretrain"], "--data"),
+    ],
+)
+def test_mistakes_are_answered_with_the_nearest_name(arguments, message, capsys):
+    code, _, err = run(capsys, *arguments)
+    assert code in (1, 2)
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_tokenizer_round_trip(workshop, tmp_path, capsys):
+    ids, back = tmp_path / "ids.npy", tmp_path / "back.txt"
+    code, out, _ = run(
+        capsys, "tokenizer", "encode", workshop / "a.txt", "--tokenizer", workshop / "tok", "--output", ids, "--json"
+    )
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["num_tokens"] == len(np.load(ids))
+    assert run(capsys, "tokenizer", "decode", ids, "--tokenizer", workshop / "tok", "--output", back)[0] == 0
+    assert back.read_bytes() == (workshop / "a.txt").read_bytes()
+
+
+def test_tokenizer_inspect(workshop, capsys):
+    code, out, _ = run(capsys, "tokenizer", "inspect", workshop / "tok", "--text", "Anna went", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert "".join(facts["tokens"]) == "Anna went"
+    assert facts["vocab_size"] == 300
+    code, out, _ = run(capsys, "tokenizer", "inspect", workshop / "tok", "--text", "Anna went")
+    assert "bytes per token" in out
+
+
+def test_pretrain_leaves_a_model_that_generates_and_evaluates(workshop, capsys):
+    code, out, _ = run(capsys, "eval", workshop / "run", "--data", workshop / "a.txt", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["num_tokens"] > 100
+    assert 0 < facts["bits_per_byte"] < 9
+    assert facts["rule"]
+    generate = (
+        "generate",
+        workshop / "run",
+        "--prompt",
+        "Anna",
+        "--max-new-tokens",
+        "12",
+        "--seed",
+        "1",
+        "--num-samples",
+        "2",
+    )
+    code, first, _ = run(capsys, *generate)
+    assert code == 0
+    assert first.count("Anna") >= 2
+    assert run(capsys, *generate)[1] == first
+
+
+def test_generate_streams_the_same_text_as_in_a_batch(workshop, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Ben"}\n{"prompt": "Anna"}\n', encoding="utf-8")
+    options = ("--max-new-tokens", "10", "--seed", "3")
+    _, out, _ = run(capsys, "generate", workshop / "run", "--prompts", prompts, "--num-samples", "2", *options)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["Ben", "Ben", "Anna", "Anna"]
+    _, alone, _ = run(capsys, "generate", workshop / "run", "--prompt", "Ben", "--num-samples", "2", *options)
+    for row in rows[:2]:
+        assert row["prompt"] + row["text"] in alone
+
+
+def test_resume_extends_a_finished_run(workshop, capsys):
+    folder = workshop / "extended"
+    assert run(capsys, *pretrain(workshop, folder, "--max-steps", "4"))[0] == 0
+    assert run(capsys, "pretrain", "--resume", folder, "--max-steps", "8")[0] == 0
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert max(steps) == 8
+
+
+def test_go_on_from_a_model_with_other_text(workshop, tmp_path, capsys):
+    more = tmp_path / "more.txt"
+    more.write_text(TEXT.replace("Anna", "Dora"), encoding="utf-8")
+    arguments = (
+        "pretrain",
+        "--model",
+        workshop / "run",
+        "--data",
+        more,
+        "--output",
+        tmp_path / "next",
+        "--max-steps",
+        "3",
+    )
+    assert run(capsys, *arguments, "--max-length", "32", "--per-device-train-batch-size", "2")[0] == 0
+    assert (tmp_path / "next" / "model.safetensors").exists()
+
+
+def test_dry_run_prints_the_cost_and_leaves_no_run(workshop, tmp_path, capsys):
+    code, out, err = run(capsys, *pretrain(workshop, tmp_path / "dry", "--max-steps", "5", "--dry-run"))
+    assert code == 0
+    assert "parameters" in out + err
+    assert not (tmp_path / "dry" / "model.safetensors").exists()
+
+
+def test_configuration_file_and_overrides(workshop, tmp_path, capsys):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        "max_steps = 50\nlearning_rate = 3e-4\nmax_length = 32\nper_device_train_batch_size = 2\n[model]\nhidden_size = 16\nnum_attention_heads = 2\nnum_hidden_layers = 1\n"
+    )
+    arguments = ("pretrain", "--config", config, "--data", workshop / "a.txt", "--tokenizer", workshop / "tok")
+    assert run(capsys, *arguments, "--output", tmp_path / "run", "--max-steps", "2")[0] == 0
+    from ingot.configs import PretrainConfig, load_toml
+
+    saved = PretrainConfig.from_dict(load_toml(tmp_path / "run" / "config.toml"))
+    assert (saved.max_steps, saved.learning_rate, saved.architecture.hidden_size) == (2, 3e-4, 16)
+
+
+def test_plan_names_a_command_that_parses(workshop, capsys):
+    code, out, _ = run(capsys, "plan", "--data", workshop / "a.txt", "--max-time", "30s", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["command"].startswith("ingot pretrain")
+    from ingot.cli.pretrain import Pretrain
+
+    planned = Pretrain.parse(facts["command"].split()[2:])
+    assert planned.max_steps == facts["max_steps"]
+
+
+def test_env_is_a_report(capsys):
+    code, out, _ = run(capsys, "env", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["level"] in facts["levels_available"]
+    assert facts["peak_gflops"] > 0
+    assert "cpu" in run(capsys, "env", "--no-measure")[1]
+
+
+def test_cache_is_listed_and_cleared(workshop, capsys):
+    folder = workshop / ".cache"
+    code, out, _ = run(capsys, "cache", "--folder", folder)
+    assert code == 0
+    assert "token files" in out
+    assert run(capsys, "cache", "--folder", folder, "--clear")[0] == 0
+    assert "0 token files" in run(capsys, "cache", "--folder", folder)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "nowhere", "--data", "{a}"), "nowhere"),
+        (("generate", "{run}", "--prompts", "{bad}"), "line 2"),
+        (("tokenizer", "inspect", "{bad}"), "bad.jsonl"),
+        (("tokenizer", "train", "{empty}", "--output", "t"), "empty.txt"),
+        (("tokenizer", "train", "{a}", "--vocab-size", "100", "--output", "t"), "256"),
+        (("tokenizer", "train", "{a}", "--vocab-size", "50000", "--output", "t"), "50000"),
+        (("pretrain", "--data", "missing.txt", "--output", "{new}"), "missing.txt"),
+        (("pretrain", "--data", "{a}", "--output", "{run}", "--max-steps", "2"), "--resume"),
+        (("pretrain", "--data", "{a}", "--output", "{new}", "--model.num-attention-heads", "7"), "divide"),
+        (("pretrain", "--data", "{tiny}", "--output", "{new}", "--max-steps", "2"), "tiny.txt"),
+        (("pretrain", "--resume", "{nowhere}"), "nowhere"),
+        (("plan", "--data", "{a}", "--max-time", "soon"), "duration"),
+    ],
+)
+def test_bad_input_is_one_clear_line(workshop, tmp_path, capsys, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": 3}\n', encoding="utf-8")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "tiny.txt").write_text("ab", encoding="utf-8")
+    names = {"a": workshop / "a.txt", "run": workshop / "run", "new": tmp_path / "new", "nowhere": tmp_path / "nowhere"}
+    names |= {
+        name: tmp_path / f"{name}.{ending}" for name, ending in (("bad", "jsonl"), ("empty", "txt"), ("tiny", "txt"))
+    }
+    code, _, err = run(capsys, *(argument.format(**names) for argument in arguments))
+    assert code in (1, 2)
+    assert message in err
+    assert "Traceback" not in err
+    if code == 1:
+        assert err.count("\n") == 1

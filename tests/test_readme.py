@@ -1,0 +1,74 @@
+"""Every command and every Python example of the README runs, in order, in one folder; only the lengths of runs are cut."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ingot.cli import main
+from ingot.world import documents
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORTER = {"--max-steps": "4", "--max-time": "20s", "--max-new-tokens": "8"}
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The shell lines of the README, comments cut off."""
+    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The same command with a few steps instead of many."""
+    cut = [SHORTER.get(before, word) for before, word in zip([""] + words, words, strict=False)]
+    if words[:2] == ["ingot", "pretrain"] and "--max-steps" not in words and "--max-time" not in words:
+        cut += ["--max-steps", "4" if "--resume" not in words else "6"]
+    if words[:2] == ["ingot", "demo"]:
+        cut += ["--max-steps", "4"]
+    return cut
+
+
+@pytest.mark.timeout(600)
+def test_commands_and_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(documents(seed=5, split="train", count=400))
+    for name in ("tinyshakespeare.txt", "other.txt", "more.txt", "a.txt", "b.txt"):
+        Path(name).write_text(text, encoding="utf-8")
+    folder = Path("my-texts")
+    folder.mkdir()
+    shutil.copy("a.txt", folder / "a.txt")
+    ran = 0
+    for line in commands():
+        words = shlex.split(line)
+        if words[0] == "make":
+            done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        elif words[0] == "ingot":
+            assert main(shortened(words)[1:]) == 0, line
+        else:
+            assert words[0] in ("pip", "git", "cd"), f"the README has a command that no test runs: {line}"
+        ran += 1
+    for example in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        ran += 1
+    assert ran >= 8
+
+
+def test_every_figure_of_the_readme_names_its_command():
+    """A table of figures is followed by the command that printed it."""
+    for table in re.findall(r"(?:^\|.*\n)+(?:\n.*){0,6}", README, flags=re.MULTILINE):
+        if re.search(r"\d+\.\d+ ?(?:s|ms|x|MB/s|GB)\b", table):
+            assert re.search(r"`(?:make|ingot|python)[^`]*`", table), table
