@@ -1,0 +1,1 @@
+"""Objectives as pure functions: arrays in, loss and analytic gradients out."""
