@@ -1,0 +1,257 @@
+//! Text -> ids.
+
+mod added_tokens;
+mod merging;
+mod pair_table;
+mod piece_cache;
+mod recover;
+
+use std::sync::{Mutex, PoisonError};
+
+pub(crate) use added_tokens::Matcher;
+use merging::{Scratch, merge_piece};
+use pair_table::PairTable;
+use piece_cache::PieceCache;
+pub(crate) use recover::merges_of_ranks;
+
+use crate::error::Result;
+use crate::hashing::FastMap;
+use crate::parallel::{self, Tick, Ticker};
+use crate::piece_key::{SHORT_PIECE, short_key};
+use crate::splitter::{Cuts, Pattern};
+use crate::vocabulary::{MergeRule, Vocabulary};
+
+/// Longer texts are encoded in parts of about this many bytes.
+const PART: usize = 256 << 10;
+
+/// Batches below this many bytes are encoded by the calling thread alone.
+const PARALLEL_FROM: usize = 64 << 10;
+
+/// Turns text into ids. Shared by threads; each call borrows a [`Worker`] with its memory of pieces.
+pub(crate) struct Encoder {
+    pattern: Pattern,
+    table: PairTable,
+    byte_ids: [u32; 256],
+    /// Tokens by their bytes, where a piece that is a token is taken whole before any merge.
+    whole: Option<FastMap<Box<[u8]>, u32>>,
+    idle: Mutex<Vec<Worker>>,
+}
+
+/// What one thread needs.
+struct Worker {
+    cache: PieceCache,
+    scratch: Scratch,
+    /// Tokens of the piece at hand.
+    piece: Vec<u32>,
+}
+
+/// Ids that grow in steps, so that the hot loop can always store a full group.
+struct Ids {
+    slots: Vec<u32>,
+    len: usize,
+}
+
+impl Ids {
+    fn push_group(&mut self, group: [u32; 4], count: usize) {
+        let end = self.len + group.len();
+        if end > self.slots.len() {
+            self.slots.resize(end.max(2 * self.slots.len()), 0);
+        }
+        self.slots[self.len..end].copy_from_slice(&group);
+        self.len += count;
+    }
+
+    fn extend(&mut self, ids: &[u32]) {
+        let end = self.len + ids.len();
+        if end > self.slots.len() {
+            self.slots.resize(end.max(2 * self.slots.len()), 0);
+        }
+        self.slots[self.len..end].copy_from_slice(ids);
+        self.len = end;
+    }
+}
+
+impl Encoder {
+    pub fn new(vocabulary: &Vocabulary) -> Self {
+        let whole_first = match vocabulary.rule() {
+            MergeRule::Listed { ignore_merges, .. } => *ignore_merges,
+            MergeRule::Ranks => true,
+        };
+        let whole = || vocabulary.ordinary().map(|(id, token)| (token.into(), id)).collect();
+        Self {
+            pattern: vocabulary.pattern(),
+            table: PairTable::new(vocabulary),
+            byte_ids: *vocabulary.byte_ids(),
+            whole: whole_first.then(whole),
+            idle: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// The ids of one text, with the matcher's tokens found in it.
+    pub fn encode(&self, text: &[u8], added: &Matcher, tick: &mut Tick<'_>) -> Result<Vec<u32>> {
+        let mut ids = Ids {
+            slots: vec![0; text.len() / 3 + 8],
+            len: 0,
+        };
+        let mut worker = self.borrow_worker();
+        if text.len() <= PART {
+            self.encode_part(text, added, &mut worker, &mut ids);
+        } else {
+            let mut ticker = Ticker::new(tick);
+            for part in parts(text, added) {
+                self.encode_part(part, added, &mut worker, &mut ids);
+                ticker.poll()?;
+            }
+        }
+        self.give_back([worker]);
+        ids.slots.truncate(ids.len);
+        Ok(ids.slots)
+    }
+
+    /// The ids of many texts, one after the other, and where each text's ids start: [texts + 1].
+    pub fn encode_batch(
+        &self,
+        texts: &[&[u8]],
+        added: &Matcher,
+        threads: usize,
+        tick: &mut Tick<'_>,
+    ) -> Result<(Vec<u32>, Vec<i64>)> {
+        let num_bytes: usize = texts.iter().map(|text| text.len()).sum();
+        let threads = if num_bytes < PARALLEL_FROM { 1 } else { threads.max(1) };
+        let jobs = make_jobs(texts, added);
+        let mut ticker = Ticker::new(tick);
+        let mut workers: Vec<Worker> = (0..threads.min(jobs.len()).max(1)).map(|_| self.borrow_worker()).collect();
+        let encode_job = |worker: &mut Worker, job: &Job<'_>| {
+            let mut ids = Ids {
+                slots: vec![0; job.num_bytes() / 3 + 8],
+                len: 0,
+            };
+            let ends = job.parts.iter().map(|part| {
+                self.encode_part(part, added, worker, &mut ids);
+                ids.len
+            });
+            let ends: Vec<usize> = ends.collect();
+            ids.slots.truncate(ids.len);
+            (ids.slots, ends)
+        };
+        let results = parallel::map(&jobs, &mut workers, &mut ticker, encode_job)?;
+        self.give_back(workers);
+
+        let total = results.iter().map(|(ids, _)| ids.len()).sum();
+        let mut all = Vec::with_capacity(total);
+        let mut offsets = vec![0; texts.len() + 1];
+        for (job, (ids, ends)) in jobs.iter().zip(results) {
+            for (i, end) in ends.iter().enumerate() {
+                // The last part of a text sets its end.
+                offsets[job.first_text + i + 1] = (all.len() + end) as i64;
+            }
+            all.extend_from_slice(&ids);
+        }
+        Ok((all, offsets))
+    }
+
+    /// Encode a part of a text that ends where pieces end.
+    fn encode_part(&self, text: &[u8], added: &Matcher, worker: &mut Worker, ids: &mut Ids) {
+        let mut from = 0;
+        while let Some(found) = added.find(text, from) {
+            self.encode_stretch(&text[from..found.start], worker, ids);
+            ids.extend(&[found.id]);
+            from = found.end;
+        }
+        self.encode_stretch(&text[from..], worker, ids);
+    }
+
+    /// Encode text between two added tokens.
+    fn encode_stretch(&self, text: &[u8], worker: &mut Worker, ids: &mut Ids) {
+        self.pattern.for_each_piece(text, |start, end| {
+            if end - start <= SHORT_PIECE {
+                let key = short_key(text, start, end);
+                let set = PieceCache::set_of(key);
+                if let Some((group, count)) = worker.cache.get_short(set, key) {
+                    ids.push_group(group, count);
+                } else {
+                    self.encode_new_piece(&text[start..end], worker);
+                    worker.cache.insert_short(set, key, &worker.piece);
+                    ids.extend(&worker.piece);
+                }
+            } else {
+                let piece = &text[start..end];
+                worker.piece.clear();
+                if !worker.cache.get_long(piece, &mut worker.piece) {
+                    self.encode_new_piece(piece, worker);
+                    worker.cache.insert_long(piece, &worker.piece);
+                }
+                ids.extend(&worker.piece);
+            }
+        });
+    }
+
+    /// The tokens of a piece, into `worker.piece`.
+    #[inline(never)]
+    fn encode_new_piece(&self, piece: &[u8], worker: &mut Worker) {
+        worker.piece.clear();
+        if let Some(&id) = self.whole.as_ref().and_then(|whole| whole.get(piece)) {
+            worker.piece.push(id);
+            return;
+        }
+        merge_piece(&self.table, &self.byte_ids, piece, &mut worker.scratch, &mut worker.piece);
+    }
+
+    fn borrow_worker(&self) -> Worker {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.pop().unwrap_or_else(|| Worker {
+            cache: PieceCache::new(),
+            scratch: Scratch::default(),
+            piece: Vec::new(),
+        })
+    }
+
+    fn give_back(&self, workers: impl IntoIterator<Item = Worker>) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.extend(workers);
+    }
+}
+
+/// Consecutive parts of texts that one thread encodes in a row: either whole texts, or one part of a long one.
+struct Job<'a> {
+    first_text: usize,
+    parts: Vec<&'a [u8]>,
+}
+
+impl Job<'_> {
+    fn num_bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.len()).sum()
+    }
+}
+
+fn make_jobs<'a>(texts: &[&'a [u8]], added: &Matcher) -> Vec<Job<'a>> {
+    let mut jobs: Vec<Job<'a>> = Vec::new();
+    let mut room = 0;
+    for (index, text) in texts.iter().enumerate() {
+        if text.len() > PART {
+            jobs.extend(parts(text, added).map(|part| Job {
+                first_text: index,
+                parts: vec![part],
+            }));
+            room = 0;
+        } else if let Some(job) = jobs.last_mut().filter(|_| text.len() <= room) {
+            job.parts.push(text);
+            room -= text.len();
+        } else {
+            jobs.push(Job {
+                first_text: index,
+                parts: vec![text],
+            });
+            room = PART - text.len();
+        }
+    }
+    jobs
+}
+
+/// Parts of a text that can be encoded on their own.
+fn parts<'a>(text: &'a [u8], added: &Matcher) -> impl Iterator<Item = &'a [u8]> {
+    Cuts::new(text, PART, |rest, position| !added.spans(rest, position))
+}
+
+#[cfg(test)]
+mod tests;
