@@ -1,0 +1,72 @@
+"""README.md of a run's folder: what the model is and where it comes from, in the form that model hubs read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a run's numbers."""
+    names = ("ingot", "numpy")
+    return {**{name: importlib.metadata.version(name) for name in names}, "python": platform.python_version()}
+
+
+def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, float | None], num_parameters: int) -> str:
+    """The card's text.
+
+    Parameters
+    ----------
+    facts
+        Content of run.json: config, data, model, level.
+    losses
+        Names for people and values in nats per token; those without a value are left out.
+    """
+    data, config = facts["data"], facts["config"]
+    name = str(config["output"]).rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "model"
+    measured = [f"| {label} | {value:.4f} |" for label, value in losses.items() if value is not None]
+    lineage = {
+        "corpus sha256": data["source_hash"],
+        "corpus": f"{data['num_bytes']:,} bytes, {data['num_documents']:,} documents, {data['num_tokens']:,} tokens",
+        "held out": f"{data['held_out_tokens']:,} tokens; {data['split']}",
+        "tokenizer hash": data["tokenizer_hash"],
+        "started from": config["model"] if isinstance(config.get("model"), str) else "random weights",
+        "steps": f"{step:,}",
+        "parameters": f"{num_parameters:,}",
+        "instruction level": facts.get("level") or "unknown",
+        "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
+    }
+    rows = [f"| {label} | {value} |" for label, value in lineage.items()]
+    settings = json.dumps(config, indent=1, ensure_ascii=False)
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags:",
+            "- ingot",
+            "---",
+            "",
+            f"# {name}",
+            "",
+            "A language model trained with `ingot pretrain`. It continues text; it was taught nothing about what is true or wanted.",
+            "",
+            "| losses, nats per token | |",
+            "|---|---|",
+            *measured,
+            "",
+            "| lineage | |",
+            "|---|---|",
+            *rows,
+            "",
+            "The configuration:",
+            "",
+            "```json",
+            settings,
+            "```",
+            "",
+        ]
+    )

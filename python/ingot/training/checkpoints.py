@@ -1,0 +1,195 @@
+"""checkpoint-N/: everything that an exact resume needs, in a folder that is either whole or refused by name.
+
+``model.safetensors``, ``config.json`` and the tokenizer make it a Hugging Face directory; ``optimizer.safetensors`` holds the moments,
+``trainer_state.json`` the place in the data and the history; ``manifest.json``, written last, the sha256 of each file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ingot.errors import CheckpointError
+from ingot.training.durable import (
+    file_sha256,
+    reached,
+    remove_folder,
+    rename,
+    sync_file,
+    sync_folder,
+    temporary_name,
+)
+
+if TYPE_CHECKING:
+    from ingot.models.base import Model
+    from ingot.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+MANIFEST_FILE = "manifest.json"
+
+
+class NewerFormat(CheckpointError):
+    """Written by a later version of ingot, so it cannot be judged by this one."""
+
+
+def write_checkpoint(
+    folder: Path, step: int, model: Model, tokenizer: Tokenizer, state: Mapping[str, Any], versions: Mapping[str, str]
+) -> Path:
+    """Save ``folder/checkpoint-<step>``. It appears under its name when all of it is on the disk.
+
+    Raises
+    ------
+    OSError
+        There is no space, say. What was there before stays, and nothing is left of the new one.
+    """
+    from safetensors.numpy import save_file
+
+    target = folder / f"checkpoint-{step}"
+    temporary = temporary_name(target)
+    try:
+        temporary.mkdir()
+        model.save(temporary)
+        tokenizer.save(temporary)
+        reached(f"{OPTIMIZER_FILE}: before write")
+        save_file(dict(model.optimizer.state()), temporary / OPTIMIZER_FILE, {"format": "pt"})
+        (temporary / STATE_FILE).write_bytes(_json({"format_version": FORMAT_VERSION, **state}))
+        files = {}
+        for path in sorted(temporary.iterdir()):
+            reached(f"{path.name}: before sync in checkpoint")
+            sync_file(path)
+            files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        manifest = {"format_version": FORMAT_VERSION, "versions": dict(versions), "files": files}
+        reached(f"{MANIFEST_FILE}: before write")
+        (temporary / MANIFEST_FILE).write_bytes(_json(manifest))
+        sync_file(temporary / MANIFEST_FILE)
+        sync_folder(temporary)
+        if target.exists():
+            # A torn one of the same step, refused before; a usable one would not be written again.
+            remove_folder(target)
+        rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """``trainer_state.json`` of a verified checkpoint."""
+    state: dict[str, Any] = json.loads((path / STATE_FILE).read_bytes())
+    return state
+
+
+def read_weights(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """The model's arrays of a verified checkpoint, by Hugging Face name."""
+    from safetensors.numpy import load_file
+
+    weights = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        weights |= load_file(file)
+    return weights
+
+
+def read_optimizer(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """The optimizer's arrays of a verified checkpoint."""
+    from safetensors.numpy import load_file
+
+    return load_file(path / OPTIMIZER_FILE)
+
+
+def verify(path: Path) -> None:
+    """Check every file against the manifest.
+
+    Raises
+    ------
+    NewerFormat
+        A later version of ingot wrote it.
+    CheckpointError
+        Names the file that is missing, cut short or altered.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_bytes())
+        version = int(manifest["format_version"])
+        files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: {MANIFEST_FILE} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: {MANIFEST_FILE} is damaged") from None
+    if version > FORMAT_VERSION:
+        by = manifest.get("versions", {}).get("ingot", "a newer version")
+        raise NewerFormat(
+            f"{path}: saved by ingot {by} in format {version}, this one reads up to {FORMAT_VERSION}; upgrade ingot to go on with it"
+        )
+    for required in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+        if required not in files and not (required == MODEL_FILE and f"{MODEL_FILE}.index.json" in files):
+            raise CheckpointError(f"{path}: {MANIFEST_FILE} does not list {required}")
+    for name, (digest, size) in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: {name} is cut short or altered ({file.stat().st_size} bytes, {size} written)"
+            )
+        if file_sha256(file) != digest:
+            raise CheckpointError(f"{path}: {name} was altered after it was written (its sha256 differs)")
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in a run folder, whole or not, by step."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def newest_usable(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint; ``say`` gets a line for each one that is refused. None where there is none at all.
+
+    Raises
+    ------
+    CheckpointError
+        There are checkpoints, and none is whole.
+    """
+    refused = []
+    for _, path in reversed(list_checkpoints(folder)):
+        try:
+            verify(path)
+        except NewerFormat:
+            raise
+        except CheckpointError as error:
+            refused.append(str(error))
+            say(f"refused: {error}")
+        except OSError as error:
+            refused.append(f"{path}: cannot be read: {error.strerror or error}")
+            say(f"refused: {refused[-1]}")
+        else:
+            return path
+    if refused:
+        raise CheckpointError(
+            f"no usable checkpoint: {'; '.join(refused)}; delete them to start this run again from step 0"
+        )
+    return None
+
+
+def prune(folder: Path, step: int, keep_newest: int, keep_best: int | None) -> None:
+    """Delete the checkpoints up to ``step`` but for the newest ones and the best."""
+    done = [(number, path) for number, path in list_checkpoints(folder) if number <= step]
+    for number, path in done[:-keep_newest]:
+        if number != keep_best:
+            remove_folder(path)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"

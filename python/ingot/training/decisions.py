@@ -1,0 +1,96 @@
+"""What the settings leave open (how long, how often), decided once and recorded, and what it will cost in time and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from ingot.configs import PretrainConfig, parse_duration
+from ingot.environment import memory_limit, peak_memory
+from ingot.training.cost import Cost, Probe, fit_to_time, save_estimate_s
+from ingot.training.preparation import Text
+from ingot.training.progress import Display, duration
+
+if TYPE_CHECKING:
+    from ingot.models.base import Model
+
+_DEFAULT_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Decisions:
+    """Recorded in run.json, so that a resumed run has the same schedule."""
+
+    max_steps: int
+    eval_steps: int
+    save_steps: int
+    eval_batches: int | None
+    """None: the whole held-out part."""
+
+
+def decide(
+    config: PretrainConfig, text: Text, model: Model, probe: Probe, known: dict[str, Any]
+) -> tuple[Decisions, Cost]:
+    """Settle what is open; what is ``known`` from an earlier start of the run stays.
+
+    Raises
+    ------
+    ConfigError
+        Too few steps fit into max_time.
+    """
+    eval_batches = known.get("eval_batches", config.eval_batches)
+    save_s = save_estimate_s(model.config)
+    if "max_steps" in known:
+        max_steps = int(known["max_steps"])
+    elif config.max_time is not None:
+        limit = probe.evaluation_batches if eval_batches is None else min(probe.evaluation_batches, eval_batches)
+        budget_s = parse_duration(config.max_time)
+        max_steps, fitting = fit_to_time(budget_s, probe.step_s, save_s, probe.evaluation_batch_s, limit)
+        eval_batches = eval_batches if fitting is None else fitting
+    elif config.num_train_epochs is not None:
+        max_steps = max(1, math.ceil(config.num_train_epochs * text.batches.steps_per_epoch()))
+    else:
+        max_steps = config.max_steps or _DEFAULT_STEPS
+    eval_steps = int(known.get("eval_steps", config.eval_steps or -(-max_steps // 10)))
+    save_steps = int(known.get("save_steps", config.save_steps or eval_steps))
+    used = probe.evaluation_batches if eval_batches is None else min(probe.evaluation_batches, eval_batches)
+    cost = Cost(step_s=probe.step_s, evaluation_s=probe.evaluation_batch_s * used, save_s=save_s)
+    return Decisions(max_steps, eval_steps, save_steps, eval_batches), cost
+
+
+def announce(
+    config: PretrainConfig,
+    text: Text,
+    model: Model,
+    probe: Probe,
+    decisions: Decisions,
+    cost: Cost,
+    done: int,
+    display: Display,
+) -> None:
+    """Say what the run is and what it costs from step ``done`` on."""
+    remaining = decisions.max_steps - done
+    evaluations = remaining // decisions.eval_steps + 2 if text.facts["held_out_tokens"] else 0
+    expected_s = cost.total_s(remaining, evaluations, remaining // decisions.save_steps + 1)
+    passes = remaining * probe.step_tokens / text.facts["train_tokens"]
+    display.say(
+        f"network   {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {model.num_parameters:,} parameters; "
+        f"{model.backend} backend, level {model.level}, {model.threads} threads"
+    )
+    display.say(
+        f"text      {text.facts['train_tokens']:,} tokens to learn from, {text.facts['held_out_tokens']:,} held out: {text.facts['split']}"
+    )
+    display.say(
+        f"length    {remaining:,} steps of about {probe.step_tokens:,} tokens ({text.windows} windows of up to {config.max_length}), "
+        f"{passes:.2f} passes over the text"
+    )
+    display.say(
+        f"cost      about {duration(expected_s)}: steps {duration(remaining * cost.step_s)} at {probe.step_tokens / cost.step_s:,.0f} "
+        f"tokens/s, held-out losses {duration(evaluations * cost.evaluation_s)}, timed just now on the run's first batch; "
+        f"memory about {peak_memory() / 1e9:.2f} of {memory_limit() / 1e9:.1f} GB"
+    )
+    if config.eval_batches is None and decisions.eval_batches is not None:
+        display.say(
+            f"held out  measured on {decisions.eval_batches} of {probe.evaluation_batches} batches each time, to fit into {config.max_time}"
+        )

@@ -1,0 +1,185 @@
+"""A run's folder: a Hugging Face directory at its top, and beside it all that the run needs to go on.
+
+``run.json`` (settings, decisions, facts) is written before anything slow, so a run can be resumed from its first second on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ingot.errors import RunError
+from ingot.training.checkpoints import MODEL_FILE
+from ingot.training.durable import (
+    crash_points as crash_points,  # tests listen here
+)
+from ingot.training.durable import (
+    remove_unfinished,
+    rename,
+    sync_file,
+    temporary_name,
+    write_file,
+)
+from ingot.training.locks import RunLock
+from ingot.training.metrics import MetricsLog
+
+if TYPE_CHECKING:
+    from ingot.models.base import Model
+    from ingot.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+RUN_FILE = "run.json"
+CARD_FILE = "README.md"
+
+
+class RunFolder:
+    """An output folder under lock. Use as a context manager; made by :meth:`create` or :meth:`open`."""
+
+    def __init__(self, path: Path, lock: RunLock, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.facts = facts
+        """Content of run.json; :meth:`save_facts` writes it."""
+        self.metrics = MetricsLog(path / "metrics.jsonl")
+        self.samples = MetricsLog(path / "samples.jsonl")
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: str | Path, kind: str, config: Mapping[str, Any]) -> RunFolder:
+        """Make the folder of a new run and save its settings, as run.json and as a TOML file that --config reads.
+
+        Raises
+        ------
+        RunError
+            The folder is in use by a live run, holds a run already, or holds other files.
+        """
+        import tomli_w
+
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be made: {error.strerror or error}; choose another --output") from None
+        lock = RunLock(path)
+        lock.acquire()
+        try:
+            _refuse_used(path, kind)
+            remove_unfinished(path)
+            facts = {"format_version": FORMAT_VERSION, "kind": kind, "finished": False, "config": dict(config)}
+            folder = cls(path, lock, facts)
+            write_file(path / f"{kind}.toml", tomli_w.dumps(dict(config)).encode())
+            folder.save_facts()
+        except BaseException:
+            lock.release()
+            raise
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The folder of an existing run.
+
+        Raises
+        ------
+        RunError
+            There is no run in it, it is in use, or a newer version made it.
+        """
+        path = Path(path)
+        if not (path / RUN_FILE).is_file():
+            raise RunError(
+                f"{path}: no run to resume ({RUN_FILE} is missing); give the --output folder of an earlier run"
+            )
+        lock = RunLock(path)
+        lock.acquire()
+        try:
+            facts = _read_facts(path)
+            remove_unfinished(path)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock, facts)
+
+    def save_facts(self) -> None:
+        """Write run.json."""
+        write_file(self.path / RUN_FILE, json.dumps(self.facts, indent=1).encode() + b"\n")
+
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Put the tokenizer at the top of the folder; tokenizer.json appears last."""
+        self._publish([tokenizer.save], last="tokenizer.json")
+
+    def export(self, model: Model, tokenizer: Tokenizer, card: str) -> None:
+        """Make the top of the folder a Hugging Face directory of this model; each file is replaced in one step, weights last.
+
+        Raises
+        ------
+        OSError
+            There is no space, say; the files that were there stay.
+        """
+
+        def write_card(folder: Path) -> None:
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+        self._publish([model.save, tokenizer.save, write_card], last=MODEL_FILE)
+
+    def _publish(self, writers: Sequence[Callable[[Path], object]], last: str) -> None:
+        """Write files aside, sync them, and move each to the top of the folder."""
+        temporary = temporary_name(self.path / "export")
+        try:
+            temporary.mkdir()
+            for write in writers:
+                write(temporary)
+            files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name))
+            for file in files:
+                sync_file(file)
+            for file in files:
+                rename(file, self.path / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _refuse_used(path: Path, kind: str) -> None:
+    """A new run takes an empty folder only, so that no file is ever lost."""
+    if (path / RUN_FILE).is_file():
+        facts = _read_facts(path)
+        if facts.get("finished"):
+            steps = facts.get("decisions", {}).get("max_steps", "?")
+            raise RunError(
+                f"{path}: holds a finished run of {steps} steps; choose another --output, or extend it: "
+                f"ingot {facts['kind']} --resume {path} --max-steps N"
+            )
+        raise RunError(
+            f"{path}: holds an unfinished run; go on with it: ingot {facts['kind']} --resume {path}, or choose another --output"
+        )
+    # What is here while a run begins, and all that one killed in its first instant leaves.
+    own = {"run.lock", f"{kind}.toml"}
+    others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name not in own)
+    if others:
+        raise RunError(
+            f"{path}: holds other files ({', '.join(others[:3])}); choose an empty or new folder as --output"
+        )
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    file = path / RUN_FILE
+    try:
+        facts: dict[str, Any] = json.loads(file.read_bytes())
+        version = int(facts["format_version"])
+        kind, config = facts["kind"], facts["config"]
+    except (ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{file}: damaged, cannot be read; start a new run, with --model {path} from its weights"
+        ) from None
+    if version > FORMAT_VERSION or not isinstance(kind, str) or not isinstance(config, dict):
+        raise RunError(f"{file}: made by a newer version of ingot (format {version}); upgrade ingot to go on with it")
+    return facts
