@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -52,15 +51,15 @@ class Tokenizer:
     'lowest low'
     """
 
-    _native: _native.Tokenizer
+    _core: _native.Tokenizer
 
     def __init__(self) -> None:
         raise TypeError("make a Tokenizer with Tokenizer.train, from_file, from_tiktoken or bytes_only")
 
     @classmethod
-    def _wrap(cls, native: _native.Tokenizer) -> Tokenizer:
+    def _wrap(cls, core: _native.Tokenizer) -> Tokenizer:
         tokenizer = object.__new__(cls)
-        tokenizer._native = native
+        tokenizer._core = core
         return tokenizer
 
     # ---- making one
@@ -119,8 +118,7 @@ class Tokenizer:
         if min_frequency < 0:
             raise ValueError(f"min_frequency is {min_frequency}: it cannot be negative")
         trainer = _native.TokenizerTrainer(pattern, threads)
-        for add in _counting(trainer, source):
-            num_bytes = add()
+        for num_bytes in _count(trainer, source):
             if progress is not None:
                 progress("reading", num_bytes, 0)
 
@@ -170,7 +168,7 @@ class Tokenizer:
 
         The file appears whole or not at all. Returns where it is. ``tokenizers`` opens it and gives the same ids.
         """
-        return Path(self._native.save(path))
+        return Path(self._core.save(path))
 
     def save_tiktoken(self, path: str | Path) -> None:
         """Write the tokens that are not special as tiktoken's rank file, which gives the same ids there.
@@ -180,7 +178,7 @@ class Tokenizer:
         ValueError
             The vocabulary comes from a file whose ids do not follow the order of its merges; tiktoken would give other ids.
         """
-        self._native.save_tiktoken(path)
+        self._core.save_tiktoken(path)
 
     # ---- text to ids
 
@@ -205,18 +203,18 @@ class Tokenizer:
             A disallowed special token occurs; the message names it and says what to do.
         """
         allowed, disallowed = _names(allowed_special), _names(disallowed_special)
-        return _repaired(lambda t: self._native.encode(t, allowed, disallowed), text)
+        return _repaired(lambda t: self._core.encode(t, allowed, disallowed), text)
 
     def encode_ordinary(self, text: Text) -> list[int]:
         """Ids of a text in which special tokens are ordinary text."""
-        return _repaired(lambda t: self._native.encode(t, [], []), text)
+        return _repaired(lambda t: self._core.encode(t, [], []), text)
 
     def encode_to_numpy(
         self, text: Text, *, allowed_special: Special = frozenset(), disallowed_special: Special = ()
     ) -> npt.NDArray[np.uint32]:
         """Ids of a text as an array, u32 [num_tokens]. By default special tokens are ordinary text: this is for data."""
         allowed, disallowed = _names(allowed_special), _names(disallowed_special)
-        return _repaired(lambda t: self._native.encode_to_numpy(t, allowed, disallowed), text)
+        return _repaired(lambda t: self._core.encode_to_numpy(t, allowed, disallowed), text)
 
     def encode_batch(
         self,
@@ -228,7 +226,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """Ids of many texts, encoded by several threads; see :meth:`encode`."""
         allowed, disallowed = _names(allowed_special), _names(disallowed_special)
-        return _repaired_all(lambda t: self._native.encode_batch(t, allowed, disallowed, threads), texts)
+        return _repaired_all(lambda t: self._core.encode_batch(t, allowed, disallowed, threads), texts)
 
     def encode_batch_to_numpy(
         self,
@@ -248,7 +246,7 @@ class Tokenizer:
             i64 [len(texts) + 1]: the ids of text ``i`` are ``ids[offsets[i]:offsets[i + 1]]``.
         """
         allowed, disallowed = _names(allowed_special), _names(disallowed_special)
-        return _repaired_all(lambda t: self._native.encode_batch_to_numpy(t, allowed, disallowed, threads), texts)
+        return _repaired_all(lambda t: self._core.encode_batch_to_numpy(t, allowed, disallowed, threads), texts)
 
     def encode_file(self, path: str | Path, output: str | Path, *, threads: int | None = None) -> int:
         """Encode a file, special tokens as ordinary text, into a ``.npy`` array of one dimension; the number of tokens.
@@ -256,12 +254,12 @@ class Tokenizer:
         The array is ``uint16`` where all ids fit (``vocab_size`` up to 65,536), else ``uint32``. The file is read block by block, cut
         where pieces end, so that memory stays bounded and the ids are those of the whole text. ``output`` appears whole or not at all.
         """
-        return self._native.encode_file(path, output, threads)
+        return self._core.encode_file(path, output, threads)
 
     def pieces(self, text: Text) -> list[tuple[bytes, list[int]]]:
         """How an ordinary text is cut: each piece with the ids of its tokens. No token crosses the border of a piece."""
         data = text if isinstance(text, bytes) else _repair(text).encode()
-        offsets = self._native.piece_offsets(data).tolist()
+        offsets = self._core.piece_offsets(data).tolist()
         pieces = [data[start:end] for start, end in itertools.pairwise(offsets)]
         return [(piece, self.encode_ordinary(piece)) for piece in pieces]
 
@@ -282,29 +280,29 @@ class Tokenizer:
         if isinstance(ids, np.ndarray):
             if ids.ndim != 1 or ids.dtype.kind not in "iu":
                 raise ValueError(f"ids have dtype {ids.dtype} and shape {ids.shape}: give integers of one dimension")
-            return self._native.decode_array(np.ascontiguousarray(ids, dtype=np.int64))
-        return self._native.decode_list(list(ids))
+            return self._core.decode_array(np.ascontiguousarray(ids, dtype=np.int64))
+        return self._core.decode_list(list(ids))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token. Raises as :meth:`decode`."""
-        return self._native.decode_list([token_id])
+        return self._core.decode_list([token_id])
 
     # ---- facts
 
     @property
     def vocab_size(self) -> int:
         """Number of ids: the largest one plus 1, special tokens included."""
-        return self._native.vocab_size
+        return self._core.vocab_size
 
     @property
     def pattern(self) -> str:
         """Name of the pattern that cuts text into pieces."""
-        return self._native.pattern
+        return self._core.pattern
 
     @cached_property
     def special_tokens(self) -> Mapping[str, int]:
         """Special tokens and their ids, ascending by id."""
-        return MappingProxyType(dict(self._native.special_tokens))
+        return MappingProxyType(dict(self._core.special_tokens))
 
     @property
     def eos_token_id(self) -> int | None:
@@ -314,7 +312,7 @@ class Tokenizer:
     @cached_property
     def hash(self) -> str:
         """sha256, as hex, of all that decides ids: tokens, merges, pattern and special tokens. Independent of file and machine."""
-        return hashlib.sha256(self._native.canonical_bytes()).hexdigest()
+        return hashlib.sha256(self._core.canonical_bytes()).hexdigest()
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -322,7 +320,7 @@ class Tokenizer:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tokenizer):
             return NotImplemented
-        return self._native is other._native or self.hash == other.hash
+        return self._core is other._core or self.hash == other.hash
 
     def __hash__(self) -> int:
         return hash(self.hash)
@@ -331,7 +329,7 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, pattern={self.pattern!r}, special_tokens={dict(self.special_tokens)})"
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[object, ...]]:
-        kind, contents = self._native.contents()
+        kind, contents = self._core.contents()
         return _restore, (kind, contents, self.pattern, list(self.special_tokens.items()))
 
 
@@ -370,8 +368,8 @@ def _repaired_all(work: Callable[[list[Text]], _ResultT], texts: Iterable[Text])
         return work([_repair(text) if isinstance(text, str) else text for text in texts])
 
 
-def _counting(trainer: _native.TokenizerTrainer, source: Source) -> Iterator[Callable[[], int]]:
-    """The steps that count ``source``: each counts some documents and gives the bytes counted so far."""
+def _count(trainer: _native.TokenizerTrainer, source: Source) -> Iterator[int]:
+    """Count the pieces of ``source`` step by step; after each step the bytes counted so far."""
     if isinstance(source, str | Path):
         source = [source]
     if isinstance(source, list | tuple) and not any(isinstance(entry, bytes) for entry in source):
@@ -379,15 +377,15 @@ def _counting(trainer: _native.TokenizerTrainer, source: Source) -> Iterator[Cal
     if isinstance(source, Corpus) and source.files and source.separator is None:
         for path in source.files:
             if path.suffix.lower() in (".jsonl", ".gz", ".zst"):
-                yield from _counting_documents(trainer, Corpus(path))
+                yield from _count_documents(trainer, Corpus(path))
             else:
-                yield lambda path=path: trainer.add_file(path)  # type: ignore[misc]
+                yield trainer.add_file(path)
     else:
-        yield from _counting_documents(trainer, source)
+        yield from _count_documents(trainer, source)
 
 
-def _counting_documents(trainer: _native.TokenizerTrainer, documents: Iterable[Any]) -> Iterator[Callable[[], int]]:
-    """Documents in groups that keep all threads busy."""
+def _count_documents(trainer: _native.TokenizerTrainer, documents: Iterable[Any]) -> Iterator[int]:
+    """Count documents in groups that keep all threads busy."""
     group: list[Text] = []
     size = 0
     for number, document in enumerate(documents, 1):
@@ -396,7 +394,7 @@ def _counting_documents(trainer: _native.TokenizerTrainer, documents: Iterable[A
         group.append(document)
         size += len(document)
         if size >= _BATCH_BYTES:
-            yield lambda: _repaired_all(trainer.add_documents, group)
+            yield _repaired_all(trainer.add_documents, group)
             group, size = [], 0
     if group:
-        yield lambda: _repaired_all(trainer.add_documents, group)
+        yield _repaired_all(trainer.add_documents, group)
