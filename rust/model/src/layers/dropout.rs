@@ -1,0 +1,62 @@
+//! Dropout whose masks are a function of (seed, layer, site, sequence id, position, element).
+//!
+//! A mask depends neither on what shares the batch nor on threads, and nothing is stored: the backward pass applies the
+//! same call to the gradient.
+
+use ingot_kernels::random::DropoutKey;
+
+use super::{Compute, ROWS_PER_ITEM};
+
+/// Dropout of one forward pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dropout<'a> {
+    pub(crate) probability: f32,
+    pub(crate) seed: u64,
+    /// Identity of each row's sequence, [N].
+    pub(crate) sequence_ids: &'a [i64],
+    /// Position of each row in its sequence, [N].
+    pub(crate) positions: &'a [u32],
+}
+
+impl<'a> Dropout<'a> {
+    /// The rows `rows` alone.
+    pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> Dropout<'a> {
+        Dropout { sequence_ids: &self.sequence_ids[rows.clone()], positions: &self.positions[rows], ..*self }
+    }
+
+    /// Applies the mask of (layer, site) to one row. Used on values and on gradients alike.
+    pub(crate) fn apply_row(&self, compute: &Compute, layer: usize, site: u32, row: usize, x: &mut [f32]) {
+        let key = DropoutKey {
+            seed: self.seed,
+            layer: layer as u32,
+            site,
+            sequence_id: self.sequence_ids[row],
+            position: u64::from(self.positions[row]),
+        };
+        compute.kernels.dropout(key, self.probability, x);
+    }
+
+    /// y += dropout(x); both [R, width]. x is overwritten.
+    pub(crate) fn add(&self, compute: &Compute, layer: usize, site: u32, width: usize, x: &mut [f32], y: &mut [f32]) {
+        let span = ROWS_PER_ITEM * width;
+        let items = x.chunks_mut(span).zip(y.chunks_mut(span)).enumerate().collect();
+        compute.pool.for_each(items, |(i, (x, y)): (usize, (&mut [f32], &mut [f32]))| {
+            for (row, (x, y)) in x.chunks_exact_mut(width).zip(y.chunks_exact_mut(width)).enumerate() {
+                self.apply_row(compute, layer, site, i * ROWS_PER_ITEM + row, x);
+                compute.kernels.add_assign(y, x);
+            }
+        });
+    }
+
+    /// out = dropout(x); both [R, width].
+    pub(crate) fn copy(&self, compute: &Compute, layer: usize, site: u32, width: usize, x: &[f32], out: &mut [f32]) {
+        let span = ROWS_PER_ITEM * width;
+        let items = x.chunks(span).zip(out.chunks_mut(span)).enumerate().collect();
+        compute.pool.for_each(items, |(i, (x, out)): (usize, (&[f32], &mut [f32]))| {
+            for (row, (x, out)) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
+                out.copy_from_slice(x);
+                self.apply_row(compute, layer, site, i * ROWS_PER_ITEM + row, out);
+            }
+        });
+    }
+}

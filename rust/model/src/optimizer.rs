@@ -1,0 +1,257 @@
+//! `AdamW` (Loshchilov and Hutter 2019, algorithm 2) over the flat buffers, in groups, with clipping by the global norm
+//! (Pascanu et al. 2013, algorithm 1).
+
+use std::ops::Range;
+
+use ingot_kernels::Buffer;
+use ingot_kernels::adamw::{AdamGroup, AdamSettings, EpsMode};
+
+use crate::{Model, ModelError};
+
+/// Parameters that share a learning-rate factor and a weight decay.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParameterGroup {
+    /// Names as in [`Model::table`].
+    pub names: Vec<String>,
+    /// The step's learning rate is multiplied by this.
+    pub learning_rate_scale: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+}
+
+/// Settings that all groups share.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OptimizerOptions {
+    /// Decay rates of the first and second moment, each in [0, 1).
+    pub betas: (f64, f64),
+    /// Added to the denominator; not negative.
+    pub eps: f64,
+    /// Where it is added.
+    pub eps_mode: EpsMode,
+}
+
+impl Default for OptimizerOptions {
+    fn default() -> Self {
+        Self { betas: (0.9, 0.95), eps: 1e-8, eps_mode: EpsMode::Torch }
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepInfo {
+    /// Norm of the gradients of all groups before clipping.
+    pub grad_norm: f64,
+    /// Whether nothing was changed because the norm is not finite.
+    pub skipped: bool,
+}
+
+/// A group with its names turned into places of the flat buffers.
+#[derive(Clone, Debug)]
+struct Group {
+    /// Ascending, neighbours joined.
+    ranges: Vec<Range<usize>>,
+    learning_rate_scale: f64,
+    weight_decay: f64,
+}
+
+/// `AdamW` with its state. Parameters in no group are left alone and do not count in the norm.
+#[derive(Debug)]
+pub struct Optimizer {
+    groups: Vec<Group>,
+    /// All groups' places, ascending, neighbours joined.
+    covered: Vec<Range<usize>>,
+    options: OptimizerOptions,
+    m: Buffer,
+    v: Buffer,
+    step: u64,
+}
+
+impl Optimizer {
+    /// An optimizer for chosen groups of the model's parameters.
+    ///
+    /// # Errors
+    /// If a name is unknown or in two groups, or a setting is out of its range.
+    pub fn new(model: &Model, groups: &[ParameterGroup], options: OptimizerOptions) -> Result<Self, ModelError> {
+        check_options(&options)?;
+        let table = model.table();
+        let mut owner: Vec<Option<usize>> = vec![None; table.len()];
+        let mut resolved = Vec::with_capacity(groups.len());
+        for (i, group) in groups.iter().enumerate() {
+            check_group(group)?;
+            let mut ranges = Vec::with_capacity(group.names.len());
+            for name in &group.names {
+                let place = table.iter().position(|parameter| parameter.name == *name).ok_or_else(|| {
+                    ModelError::UnknownParameter { name: name.clone(), nearest: nearest_name(model, name) }
+                })?;
+                if let Some(first) = owner[place].replace(i) {
+                    return Err(ModelError::DuplicateParameter { name: name.clone(), first, second: i });
+                }
+                ranges.push(table[place].range());
+            }
+            resolved.push(Group {
+                ranges: join(ranges),
+                learning_rate_scale: group.learning_rate_scale,
+                weight_decay: group.weight_decay,
+            });
+        }
+        let covered = join(resolved.iter().flat_map(|group| group.ranges.iter().cloned()).collect());
+        let len = model.num_parameters();
+        Ok(Self { groups: resolved, covered, options, m: Buffer::zeroed(len), v: Buffer::zeroed(len), step: 0 })
+    }
+
+    /// The usual two groups: weight decay on matrices, none on vectors.
+    pub fn default_groups(model: &Model, weight_decay: f64) -> Vec<ParameterGroup> {
+        let (matrices, vectors): (Vec<_>, Vec<_>) = model.table().iter().partition(|parameter| parameter.decay);
+        let names = |parameters: Vec<&crate::Parameter>| parameters.iter().map(|p| p.name.clone()).collect();
+        vec![
+            ParameterGroup { names: names(matrices), learning_rate_scale: 1.0, weight_decay },
+            ParameterGroup { names: names(vectors), learning_rate_scale: 1.0, weight_decay: 0.0 },
+        ]
+    }
+
+    /// One step with learning rate `learning_rate`, after scaling the gradients so that their norm is at most `clip_norm`
+    /// (not at all without it). Where the norm is not finite nothing changes and the step does not count.
+    ///
+    /// # Errors
+    /// If the model has no gradients, is another one than the optimizer's, or an argument is out of its range.
+    pub fn step(
+        &mut self,
+        model: &mut Model,
+        learning_rate: f64,
+        clip_norm: Option<f64>,
+    ) -> Result<StepInfo, ModelError> {
+        if !(learning_rate >= 0.0 && learning_rate.is_finite()) {
+            let message = format!("must be a finite number of at least 0, got {learning_rate}");
+            return Err(ModelError::argument("learning_rate", message));
+        }
+        if let Some(limit) = clip_norm
+            && !(limit > 0.0)
+        {
+            return Err(ModelError::argument("clip_norm", format!("must be positive, got {limit}")));
+        }
+        if model.num_parameters() != self.m.len() {
+            let (expected, got) = (self.m.len(), model.num_parameters());
+            return Err(ModelError::OptimizerMismatch { expected, got });
+        }
+        let gradients = model.gradients().ok_or(ModelError::NoGradients)?;
+        let (kernels, pool) = (*model.kernels(), model.pool());
+        let square_of = |range: &Range<usize>| kernels.norm_squared_f64(pool, &gradients[range.clone()]);
+        let grad_norm = self.covered.iter().map(square_of).sum::<f64>().sqrt();
+        if !grad_norm.is_finite() {
+            return Ok(StepInfo { grad_norm, skipped: true });
+        }
+        self.step += 1;
+        let gradient_scale = match clip_norm {
+            // torch's form: the small number keeps the norm a little below the limit.
+            Some(limit) if grad_norm > limit => (limit / (grad_norm + 1e-6)) as f32,
+            _ => 1.0,
+        };
+        let settings = AdamSettings {
+            step: self.step,
+            betas: self.options.betas,
+            eps: self.options.eps,
+            eps_mode: self.options.eps_mode,
+            gradient_scale,
+        };
+        let mut groups: Vec<AdamGroup> = Vec::new();
+        for group in &self.groups {
+            groups.extend(group.ranges.iter().map(|range| AdamGroup {
+                range: range.clone(),
+                learning_rate: learning_rate * group.learning_rate_scale,
+                weight_decay: group.weight_decay,
+            }));
+        }
+        groups.sort_by_key(|group| group.range.start);
+        let (compute, parameters, gradients) = model.step_parts()?;
+        kernels.adamw(&compute.pool, parameters, gradients, &mut self.m, &mut self.v, &groups, &settings);
+        Ok(StepInfo { grad_norm, skipped: false })
+    }
+
+    /// First moments, flat like the parameters.
+    pub fn first_moments(&self) -> &[f32] {
+        &self.m
+    }
+
+    /// Second moments, flat like the parameters.
+    pub fn second_moments(&self) -> &[f32] {
+        &self.v
+    }
+
+    /// Both moments for writing, when a saved state is loaded.
+    pub fn moments_mut(&mut self) -> (&mut [f32], &mut [f32]) {
+        (&mut self.m, &mut self.v)
+    }
+
+    /// Number of steps taken (skipped ones do not count).
+    pub fn steps_taken(&self) -> u64 {
+        self.step
+    }
+
+    /// Sets the number of steps taken, when a saved state is loaded.
+    pub fn set_steps_taken(&mut self, step: u64) {
+        self.step = step;
+    }
+
+    /// The shared settings.
+    pub fn options(&self) -> &OptimizerOptions {
+        &self.options
+    }
+}
+
+fn check_options(options: &OptimizerOptions) -> Result<(), ModelError> {
+    for (argument, beta) in [("betas[0]", options.betas.0), ("betas[1]", options.betas.1)] {
+        if !(0.0..1.0).contains(&beta) {
+            return Err(ModelError::argument(argument, format!("must be in [0, 1), got {beta}")));
+        }
+    }
+    if !(options.eps >= 0.0 && options.eps.is_finite()) {
+        return Err(ModelError::argument("eps", format!("must be a finite number of at least 0, got {}", options.eps)));
+    }
+    Ok(())
+}
+
+fn check_group(group: &ParameterGroup) -> Result<(), ModelError> {
+    let settings =
+        [("learning_rate_scale", group.learning_rate_scale), ("weight_decay", group.weight_decay)];
+    for (argument, value) in settings {
+        if !(value >= 0.0 && value.is_finite()) {
+            let message = format!("must be a finite number of at least 0, got {value}");
+            return Err(ModelError::argument(argument, message));
+        }
+    }
+    Ok(())
+}
+
+/// Sorts ranges and joins neighbours.
+fn join(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// The table's name that is most like `name`: the fewest edits.
+fn nearest_name(model: &Model, name: &str) -> String {
+    let names = model.table().iter().map(|parameter| parameter.name.as_str());
+    names.min_by_key(|candidate| edit_distance(candidate, name)).unwrap_or_default().to_owned()
+}
+
+/// Levenshtein's distance in bytes.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let mut previous: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = previous[0];
+        previous[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let substitution = diagonal + usize::from(x != y);
+            diagonal = previous[j + 1];
+            previous[j + 1] = substitution.min(diagonal + 1).min(previous[j] + 1);
+        }
+    }
+    previous[b.len()]
+}
