@@ -1,0 +1,1 @@
+"""Models: one network, two backends behind one seam (:mod:`ingot.models.base`)."""
