@@ -1,0 +1,206 @@
+//! The AVX2 micro-kernel: 4 x 24 chains in 12 registers, three vectors of B, one broadcast element of A.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::isa::{Isa, Tile};
+use super::pack::{self, Transpose};
+
+const MR: usize = 4;
+const LANES: usize = 8;
+const VECTORS: usize = 3;
+const NR: usize = VECTORS * LANES;
+
+pub(super) struct Avx2;
+
+/// 4 x 4 with 128-bit registers: panels of A.
+struct Transpose4;
+
+impl Transpose for Transpose4 {
+    const SIDE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: the caller's: a block of 4 x 4 on both sides.
+        unsafe {
+            let row = |i: usize| _mm_loadu_ps(src.add(i * src_stride));
+            let (r0, r1, r2, r3) = (row(0), row(1), row(2), row(3));
+            let (a, b) = (_mm_unpacklo_ps(r0, r1), _mm_unpackhi_ps(r0, r1));
+            let (c, d) = (_mm_unpacklo_ps(r2, r3), _mm_unpackhi_ps(r2, r3));
+            _mm_storeu_ps(dst, _mm_movelh_ps(a, c));
+            _mm_storeu_ps(dst.add(dst_stride), _mm_movehl_ps(c, a));
+            _mm_storeu_ps(dst.add(2 * dst_stride), _mm_movelh_ps(b, d));
+            _mm_storeu_ps(dst.add(3 * dst_stride), _mm_movehl_ps(d, b));
+        }
+    }
+}
+
+/// 8 x 8: panels of B.
+struct Transpose8;
+
+impl Transpose for Transpose8 {
+    const SIDE: usize = 8;
+
+    #[inline(always)]
+    unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: the caller's: a block of 8 x 8 on both sides, and a CPU with AVX.
+        unsafe { transpose_8x8(src, src_stride, dst, dst_stride) }
+    }
+}
+
+/// `dst[k * dst_stride + i] = src[i * src_stride + k]` for i and k below 8. For four k at a time: register i gathers rows
+/// i and i + 4, one in each 128-bit lane, so that two rounds of unpacking within lanes finish the transposition.
+///
+/// # Safety
+/// A CPU with AVX; all these places are valid.
+#[inline(always)]
+pub(super) unsafe fn transpose_8x8(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        for k in [0, 4] {
+            let gather = |i: usize| {
+                let row = |i: usize| _mm_loadu_ps(src.add(i * src_stride + k));
+                _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(row(i)), row(i + 4))
+            };
+            let (r0, r1, r2, r3) = (gather(0), gather(1), gather(2), gather(3));
+            let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
+            let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
+            _mm256_storeu_ps(dst.add(k * dst_stride), _mm256_shuffle_ps::<0x44>(a, c));
+            _mm256_storeu_ps(dst.add((k + 1) * dst_stride), _mm256_shuffle_ps::<0xee>(a, c));
+            _mm256_storeu_ps(dst.add((k + 2) * dst_stride), _mm256_shuffle_ps::<0x44>(b, d));
+            _mm256_storeu_ps(dst.add((k + 3) * dst_stride), _mm256_shuffle_ps::<0xee>(b, d));
+        }
+    }
+}
+
+/// Loads the first `n` (1..=8) floats; the other lanes are 0.
+///
+/// # Safety
+/// A CPU with AVX2; `n` floats are readable.
+#[inline(always)]
+unsafe fn load(pointer: *const f32, n: usize) -> __m256 {
+    // SAFETY: the caller's; masked lanes are not touched.
+    unsafe { if n == LANES { _mm256_loadu_ps(pointer) } else { _mm256_maskload_ps(pointer, mask(n)) } }
+}
+
+/// Stores the first `n` (1..=8) lanes.
+///
+/// # Safety
+/// A CPU with AVX2; `n` floats are writable.
+#[inline(always)]
+unsafe fn store(pointer: *mut f32, n: usize, x: __m256) {
+    // SAFETY: the caller's; masked lanes are not touched.
+    unsafe { if n == LANES { _mm256_storeu_ps(pointer, x) } else { _mm256_maskstore_ps(pointer, mask(n), x) } }
+}
+
+/// # Safety
+/// A CPU with AVX2.
+#[inline(always)]
+unsafe fn mask(n: usize) -> __m256i {
+    // SAFETY: the caller's.
+    unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
+}
+
+/// `R` rows, `V` vectors of columns of which the last may be partial.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
+    let last = tile.cols - (V - 1) * LANES;
+    let lanes = |v: usize| if v + 1 == V { last } else { LANES };
+    let mut acc = [[_mm256_setzero_ps(); V]; R];
+    // SAFETY: the caller's: see `Isa::tile`.
+    unsafe {
+        if !tile.partial.is_null() {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    *acc = load(tile.partial.add(r * tile.partial_stride + v * LANES), lanes(v));
+                }
+            }
+        }
+        let (mut a, mut b) = (tile.a, tile.b);
+        for _ in 0..tile.depth {
+            let mut columns = [_mm256_setzero_ps(); V];
+            for (v, column) in columns.iter_mut().enumerate() {
+                *column = _mm256_loadu_ps(b.add(v * LANES));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let row = _mm256_set1_ps(*a.add(r));
+                for (acc, column) in acc.iter_mut().zip(columns) {
+                    *acc = _mm256_fmadd_ps(row, column, *acc);
+                }
+            }
+            a = a.add(MR);
+            b = b.add(NR);
+        }
+        if !tile.bias.is_null() {
+            for v in 0..V {
+                let bias = load(tile.bias.add(v * LANES), lanes(v));
+                for acc in &mut acc {
+                    acc[v] = _mm256_add_ps(acc[v], bias);
+                }
+            }
+        }
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (v, acc) in acc.iter_mut().enumerate() {
+                let out = tile.out.add(r * tile.out_stride + v * LANES);
+                if tile.accumulate {
+                    *acc = _mm256_add_ps(load(out, lanes(v)), *acc);
+                }
+                store(out, lanes(v), *acc);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+    // SAFETY: the caller's.
+    unsafe { pack::transpose::<Transpose4, MR>(src, stride, width, depth, dst) }
+}
+
+#[target_feature(enable = "avx2,fma")]
+unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+    // SAFETY: the caller's.
+    unsafe { pack::transpose::<Transpose8, NR>(src, stride, width, depth, dst) }
+}
+
+/// # Safety
+/// As for [`Isa::tile`].
+#[inline(always)]
+unsafe fn rows<const V: usize>(rows: usize, tile: &Tile) {
+    // SAFETY: the caller's.
+    unsafe {
+        match rows {
+            1 => kernel::<1, V>(tile),
+            2 => kernel::<2, V>(tile),
+            3 => kernel::<3, V>(tile),
+            _ => kernel::<MR, V>(tile),
+        }
+    }
+}
+
+impl Isa for Avx2 {
+    const MR: usize = MR;
+    const NR: usize = NR;
+    const LANES: usize = LANES;
+
+    unsafe fn tile(num_rows: usize, tile: &Tile) {
+        // SAFETY: the caller's.
+        unsafe {
+            match tile.cols.div_ceil(LANES) {
+                1 => rows::<1>(num_rows, tile),
+                2 => rows::<2>(num_rows, tile),
+                _ => rows::<VECTORS>(num_rows, tile),
+            }
+        }
+    }
+
+    unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { transpose_a(src, stride, width, depth, dst) }
+    }
+
+    unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { transpose_b(src, stride, width, depth, dst) }
+    }
+}

@@ -1,0 +1,130 @@
+//! What a micro-kernel file provides, and the descriptions of operands and tiles passed to it.
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+
+use crate::{Mat, MatMut};
+
+/// Which index of an operand has unit stride.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Along {
+    /// The inner index k of the product.
+    Depth,
+    /// The outer index: a row of A or a column of B.
+    Width,
+}
+
+/// One factor: element (outer i, inner k) lies at `i * stride + k` (along depth) or `k * stride + i` (along width).
+#[derive(Clone, Copy)]
+pub(super) struct Operand<'a> {
+    pub pointer: *const f32,
+    pub stride: usize,
+    pub along: Along,
+    life: PhantomData<&'a [f32]>,
+}
+
+// SAFETY: an operand is a shared borrow of f32.
+unsafe impl Send for Operand<'_> {}
+// SAFETY: an operand is a shared borrow of f32.
+unsafe impl Sync for Operand<'_> {}
+
+impl<'a> Operand<'a> {
+    /// A matrix whose rows are outer indices.
+    pub fn along_depth(m: Mat<'a>) -> Self {
+        Self { pointer: m.as_ptr(), stride: m.row_stride(), along: Along::Depth, life: PhantomData }
+    }
+
+    /// A matrix whose rows are inner indices.
+    pub fn along_width(m: Mat<'a>) -> Self {
+        Self { pointer: m.as_ptr(), stride: m.row_stride(), along: Along::Width, life: PhantomData }
+    }
+
+    /// Pointer to element (outer i, inner k).
+    pub fn at(&self, i: usize, k: usize) -> *const f32 {
+        let (row, col) = match self.along {
+            Along::Depth => (i, k),
+            Along::Width => (k, i),
+        };
+        self.pointer.wrapping_add(row * self.stride + col)
+    }
+}
+
+/// Where the product goes, and what is done at the end of each chain.
+#[derive(Clone, Copy)]
+pub(super) struct Output<'a> {
+    pub pointer: *mut f32,
+    pub stride: usize,
+    /// Null, or one value per column.
+    pub bias: *const f32,
+    pub accumulate: bool,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: an output is an exclusive borrow of f32; the drivers write each element from one thread at a time.
+unsafe impl Send for Output<'_> {}
+// SAFETY: as above; disjoint tiles are the drivers' business.
+unsafe impl Sync for Output<'_> {}
+
+impl<'a> Output<'a> {
+    pub fn new(c: &'a mut MatMut<'_>, bias: Option<&'a [f32]>, accumulate: bool) -> Self {
+        Self {
+            pointer: c.as_mut_ptr(),
+            stride: c.row_stride(),
+            bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+            accumulate,
+            life: PhantomData,
+        }
+    }
+}
+
+/// One call of a micro-kernel: up to `MR` x `NR` chains over `depth` steps.
+///
+/// Chains start at 0 or at `partial`. At the end the bias is added if it is not null, then the old content of `out` if
+/// `accumulate` is set, and the result goes to `out`.
+pub(super) struct Tile {
+    pub depth: usize,
+    /// Packed panel of A: `depth` x `MR`.
+    pub a: *const f32,
+    /// Packed panel of B: `depth` x `NR`.
+    pub b: *const f32,
+    /// Columns to compute, 1..=`NR`.
+    pub cols: usize,
+    /// Null, or the chains so far.
+    pub partial: *const f32,
+    pub partial_stride: usize,
+    pub out: *mut f32,
+    pub out_stride: usize,
+    /// Null, or one value per column.
+    pub bias: *const f32,
+    pub accumulate: bool,
+}
+
+/// One instruction set's micro-kernel and packing.
+pub(super) trait Isa {
+    /// Rows of a micro-tile, width of a panel of A.
+    const MR: usize;
+    /// Columns of a micro-tile, width of a panel of B.
+    const NR: usize;
+    /// Columns of one vector: a micro-tile of fewer columns costs whole vectors.
+    const LANES: usize;
+
+    /// Computes a tile of `rows` (1..=`MR`) rows.
+    ///
+    /// # Safety
+    /// The CPU has the instructions; the panels hold `depth` steps; `partial`, `out` and `bias` are null or valid for
+    /// the rows and columns of the tile, and nobody else uses that part of `out`.
+    unsafe fn tile(rows: usize, tile: &Tile);
+
+    /// Packs a panel of A from an operand along depth: `dst[k * MR + i] = src[i * stride + k]` for `i < width` and
+    /// `k < depth`. What lies between `width` and `MR` is left as it is.
+    ///
+    /// # Safety
+    /// The CPU has the instructions; `src` is readable at these places and `dst` writable for `depth * MR` floats.
+    unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32);
+
+    /// As [`Isa::transpose_a`] for a panel of B, `NR` wide.
+    ///
+    /// # Safety
+    /// As for [`Isa::transpose_a`].
+    unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32);
+}

@@ -1,0 +1,89 @@
+//! The portable micro-kernel: arrays that the compiler vectorises for the target's baseline.
+#![allow(unsafe_code)]
+
+use super::isa::{Isa, Tile};
+use super::pack::{self, Transpose};
+use crate::simd::multiply_add;
+
+const MR: usize = 4;
+const NR: usize = 8;
+
+/// 4 x 8 chains: eight registers of 128 bits.
+pub(super) struct Portable;
+
+struct Transpose4;
+
+impl Transpose for Transpose4 {
+    const SIDE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: the caller's: a block of 4 x 4 on both sides.
+        unsafe {
+            let rows: [[f32; 4]; 4] = std::array::from_fn(|i| src.add(i * src_stride).cast::<[f32; 4]>().read());
+            for k in 0..4 {
+                dst.add(k * dst_stride).cast::<[f32; 4]>().write(rows.map(|row| row[k]));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn kernel<const R: usize>(tile: &Tile) {
+    let cols = tile.cols;
+    let mut acc = [[0.0_f32; NR]; R];
+    // SAFETY: the caller's: see `Isa::tile`.
+    unsafe {
+        if !tile.partial.is_null() {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let row = tile.partial.add(r * tile.partial_stride);
+                acc[..cols].copy_from_slice(std::slice::from_raw_parts(row, cols));
+            }
+        }
+        for k in 0..tile.depth {
+            let a = tile.a.add(k * MR);
+            let b = tile.b.add(k * NR).cast::<[f32; NR]>().read();
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let a = *a.add(r);
+                for (acc, b) in acc.iter_mut().zip(b) {
+                    *acc = multiply_add(a, b, *acc);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            let out = tile.out.add(r * tile.out_stride);
+            for (j, &chain) in acc.iter().enumerate().take(cols) {
+                let value = if tile.bias.is_null() { chain } else { chain + *tile.bias.add(j) };
+                *out.add(j) = if tile.accumulate { *out.add(j) + value } else { value };
+            }
+        }
+    }
+}
+
+impl Isa for Portable {
+    const MR: usize = MR;
+    const NR: usize = NR;
+    const LANES: usize = NR;
+
+    unsafe fn tile(rows: usize, tile: &Tile) {
+        // SAFETY: the caller's.
+        unsafe {
+            match rows {
+                1 => kernel::<1>(tile),
+                2 => kernel::<2>(tile),
+                3 => kernel::<3>(tile),
+                _ => kernel::<MR>(tile),
+            }
+        }
+    }
+
+    unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { pack::transpose::<Transpose4, MR>(src, stride, width, depth, dst) }
+    }
+
+    unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { pack::transpose::<Transpose4, NR>(src, stride, width, depth, dst) }
+    }
+}

@@ -1,0 +1,390 @@
+//! Persistent threads that share out work items.
+//!
+//! A call hands the threads one closure and a list of items; each thread (the caller included) takes the next item until
+//! none is left. Which thread runs an item is left to chance, so results must not depend on it: callers cut items by
+//! shape alone and let each write its own output.
+//!
+//! Between calls the workers spin for some microseconds and then sleep. The caller does not wait for workers that have
+//! not woken up by the time all items are done, so a call costs about a microsecond more than its items.
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::arena::{ArenaPool, Buffer};
+
+/// How long a worker watches for the next call, and a caller for the last worker, before going to sleep.
+const SPIN: Duration = Duration::from_micros(20);
+
+/// Stack of a worker: kernels keep their big arrays in leased buffers.
+const STACK_BYTES: usize = 2 << 20;
+
+thread_local! {
+    /// Whether this thread is running items of some pool; calls from within run on the spot.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What the threads run: called once by each participant, with its index (0 is the caller).
+type Body<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// State word: bit 0 tells whether a call takes participants, bits 1..16 count the workers inside, the rest is the
+/// number of the call. One word, so that entering and closing cannot race.
+mod state {
+    pub const OPEN: u64 = 1;
+    pub const ONE_INSIDE: u64 = 2;
+    pub const CALL: u64 = 1 << 16;
+
+    pub fn is_open(state: u64) -> bool {
+        state & OPEN != 0
+    }
+    pub fn inside(state: u64) -> u64 {
+        (state & (CALL - 1)) / ONE_INSIDE
+    }
+    pub fn call(state: u64) -> u64 {
+        state / CALL
+    }
+}
+
+/// The closure of the open call, its lifetime erased.
+#[derive(Clone, Copy)]
+struct ErasedBody(*const Body<'static>);
+
+// SAFETY: the closure is `Sync`, and `Pool::run` does not return while a worker can reach it.
+unsafe impl Send for ErasedBody {}
+
+struct Shared {
+    state: AtomicU64,
+    body: Mutex<Option<ErasedBody>>,
+    stopping: AtomicBool,
+    /// Workers asleep (or about to be), waiting on `wake`; changed under `sleep`.
+    sleepers: AtomicUsize,
+    /// Whether the caller is asleep (or about to be), waiting on `done`.
+    caller_sleeps: AtomicBool,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    done: Condvar,
+    spin: Duration,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No code of a caller runs under these locks, so a poisoned one guards nothing broken.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Spins until `ready` holds or the time is over; tells whether it held.
+fn spin_until(limit: Duration, ready: impl Fn() -> bool) -> bool {
+    if ready() {
+        return true;
+    }
+    if limit.is_zero() {
+        return false;
+    }
+    let start = Instant::now();
+    loop {
+        for _ in 0..32 {
+            std::hint::spin_loop();
+            if ready() {
+                return true;
+            }
+        }
+        if start.elapsed() >= limit {
+            return false;
+        }
+    }
+}
+
+impl Shared {
+    /// A worker's life: wait for a call it has not seen, take part in it, leave.
+    fn work(&self, worker: usize) {
+        INSIDE.set(true);
+        let mut seen = 0;
+        loop {
+            let fresh = |state: u64| state::is_open(state) && state::call(state) != seen;
+            let ready = || self.stopping.load(SeqCst) || fresh(self.state.load(SeqCst));
+            if !spin_until(self.spin, ready) {
+                let mut guard = lock(&self.sleep);
+                self.sleepers.fetch_add(1, SeqCst);
+                while !ready() {
+                    guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+                }
+                self.sleepers.fetch_sub(1, SeqCst);
+            }
+            if self.stopping.load(SeqCst) {
+                return;
+            }
+            let entered = self.state.fetch_update(SeqCst, SeqCst, |state| fresh(state).then(|| state + state::ONE_INSIDE));
+            let Ok(before) = entered else { continue };
+            seen = state::call(before);
+            let body = *lock(&self.body);
+            if let Some(ErasedBody(body)) = body {
+                // SAFETY: this worker is counted inside an open call, so `Pool::run` keeps the closure alive.
+                unsafe { (*body)(worker) };
+            }
+            let after = self.state.fetch_sub(state::ONE_INSIDE, SeqCst) - state::ONE_INSIDE;
+            if state::inside(after) == 0 && self.caller_sleeps.load(SeqCst) {
+                let _guard = lock(&self.sleep);
+                self.done.notify_all();
+            }
+        }
+    }
+}
+
+/// Clears the thread's mark on the way out.
+struct InsideMark {
+    before: bool,
+}
+
+impl InsideMark {
+    fn set() -> Self {
+        Self { before: INSIDE.replace(true) }
+    }
+}
+
+impl Drop for InsideMark {
+    fn drop(&mut self) {
+        INSIDE.set(self.before);
+    }
+}
+
+/// Threads that run items together with the caller.
+///
+/// * With one thread there are no workers: everything runs in the caller.
+/// * Items may call the pool again: such calls run on the spot, in the thread that makes them.
+/// * Calls from several threads take turns.
+/// * In a child made by `fork` the workers do not exist; there everything runs in the caller.
+/// * Dropping the pool joins its threads.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    threads: usize,
+    /// Held during a call.
+    turn: Mutex<()>,
+    /// One scratch buffer per participant, kept between calls.
+    scratch: Vec<Mutex<Buffer>>,
+    /// Memory that all participants of a call share.
+    arenas: ArenaPool,
+    /// The process that owns the workers.
+    process: u32,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("threads", &self.threads).finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    /// A pool of `threads` threads (at least one), the caller's included. Where the system refuses to start more threads
+    /// the pool has fewer.
+    #[must_use]
+    pub fn new(threads: usize) -> Self {
+        let wanted = threads.clamp(1, 4096);
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            body: Mutex::new(None),
+            stopping: AtomicBool::new(false),
+            sleepers: AtomicUsize::new(0),
+            caller_sleeps: AtomicBool::new(false),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            done: Condvar::new(),
+            // With more threads than cores a spinning one takes the core of one that works.
+            spin: if wanted > cores { Duration::ZERO } else { SPIN },
+        });
+        let mut workers = Vec::with_capacity(wanted - 1);
+        for worker in 1..wanted {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new().name(format!("ingot-{worker}")).stack_size(STACK_BYTES);
+            match thread.spawn(move || shared.work(worker)) {
+                Ok(handle) => workers.push(handle),
+                Err(_) => break,
+            }
+        }
+        let threads = workers.len() + 1;
+        let scratch = (0..threads).map(|_| Mutex::default()).collect();
+        Self { shared, workers, threads, turn: Mutex::new(()), scratch, arenas: ArenaPool::new(), process: std::process::id() }
+    }
+
+    /// Number of threads that run items, the caller's included.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Buffers for what the threads of one call share, such as packed operands.
+    pub(crate) fn arenas(&self) -> &ArenaPool {
+        &self.arenas
+    }
+
+    /// Runs `f` once for each item, in no particular order, and returns when all are done.
+    ///
+    /// # Panics
+    /// With the payload of the first panic of `f`, after all threads have stopped; items not yet begun are dropped.
+    pub fn for_each<T: Send>(&self, items: Vec<T>, f: impl Fn(T) + Sync) {
+        let alone = items.len() <= 1;
+        let queue = Mutex::new(items.into_iter());
+        self.run(alone, &|_| {
+            loop {
+                // The guard must be gone before the item runs.
+                let next = lock(&queue).next();
+                let Some(item) = next else { break };
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(item))) {
+                    let rest = std::mem::replace(&mut *lock(&queue), Vec::new().into_iter());
+                    drop(rest);
+                    resume_unwind(panic);
+                }
+            }
+        });
+    }
+
+    /// As [`Pool::for_each`], with `scratch_floats` floats of the thread's own (64-byte aligned, unspecified contents,
+    /// kept between calls) as second argument.
+    ///
+    /// # Panics
+    /// As [`Pool::for_each`].
+    pub fn for_each_with_scratch<T: Send>(&self, items: Vec<T>, scratch_floats: usize, f: impl Fn(T, &mut [f32]) + Sync) {
+        let alone = items.len() <= 1;
+        let queue = Mutex::new(items.into_iter());
+        self.run(alone, &|participant| {
+            self.with_scratch(participant, scratch_floats, |scratch| {
+                loop {
+                    let next = lock(&queue).next();
+                    let Some(item) = next else { break };
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(item, scratch))) {
+                        let rest = std::mem::replace(&mut *lock(&queue), Vec::new().into_iter());
+                        drop(rest);
+                        resume_unwind(panic);
+                    }
+                }
+            });
+        });
+    }
+
+    /// Runs `f(index, scratch)` once for each index below `count`, lowest first as threads become free; all in the caller
+    /// if `alone` is set, for work too small to share.
+    ///
+    /// # Panics
+    /// As [`Pool::for_each`].
+    pub fn for_index(&self, alone: bool, count: usize, scratch_floats: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        let next = AtomicUsize::new(0);
+        self.run(alone || count <= 1, &|participant| {
+            self.with_scratch(participant, scratch_floats, |scratch| {
+                loop {
+                    let index = next.fetch_add(1, SeqCst);
+                    if index >= count {
+                        break;
+                    }
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(index, scratch))) {
+                        next.store(count, SeqCst);
+                        resume_unwind(panic);
+                    }
+                }
+            });
+        });
+    }
+
+    /// The participant's kept scratch, or a fresh one where that is in use further up the stack.
+    fn with_scratch(&self, participant: usize, floats: usize, f: impl FnOnce(&mut [f32])) {
+        let kept = match self.scratch[participant].try_lock() {
+            Ok(guard) => Some(guard),
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(std::sync::TryLockError::WouldBlock) => None,
+        };
+        if let Some(mut buffer) = kept {
+            if buffer.len() < floats {
+                *buffer = Buffer::zeroed(floats);
+            }
+            f(&mut buffer[..floats]);
+        } else {
+            f(&mut Buffer::zeroed(floats));
+        }
+    }
+
+    /// Lets the caller and every worker that arrives in time call `body`; returns when none is inside any more.
+    fn run(&self, alone: bool, body: &Body<'_>) {
+        if alone || self.workers.is_empty() || INSIDE.get() || self.process != std::process::id() {
+            let _mark = InsideMark::set();
+            body(0);
+            return;
+        }
+        let turn = lock(&self.turn);
+        let panic: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
+        let caught = |participant: usize| {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| body(participant))) {
+                lock(&panic).get_or_insert(payload);
+            }
+        };
+        let erased: *const Body<'_> = &raw const caught;
+        // SAFETY: only the lifetime changes. Workers dereference the pointer while counted inside an open call; `finish`
+        // below closes the call and waits until none is, before `caught` and what it borrows go out of scope.
+        let erased = ErasedBody(unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(erased) });
+        self.open(erased);
+        {
+            let _mark = InsideMark::set();
+            caught(0);
+        }
+        self.finish();
+        drop(turn);
+        let payload = lock(&panic).take();
+        if let Some(payload) = payload {
+            resume_unwind(payload);
+        }
+    }
+
+    /// Publishes the closure and wakes the sleeping workers.
+    fn open(&self, body: ErasedBody) {
+        let shared = &*self.shared;
+        *lock(&shared.body) = Some(body);
+        // Nobody is inside: the count is zero and stays so until the call is open.
+        let call = state::call(shared.state.load(SeqCst)) + 1;
+        shared.state.store(call * state::CALL + state::OPEN, SeqCst);
+        if shared.sleepers.load(SeqCst) > 0 {
+            // A worker that counted itself either sees the call before it waits or gets the notification: it holds the
+            // lock in between.
+            let _guard = lock(&shared.sleep);
+            shared.wake.notify_all();
+        }
+    }
+
+    /// Closes the call to newcomers and waits for the workers inside to leave.
+    fn finish(&self) {
+        let shared = &*self.shared;
+        shared.state.fetch_and(!state::OPEN, SeqCst);
+        let empty = || state::inside(shared.state.load(SeqCst)) == 0;
+        if !spin_until(shared.spin, empty) {
+            let mut guard = lock(&shared.sleep);
+            shared.caller_sleeps.store(true, SeqCst);
+            while !empty() {
+                guard = shared.done.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            }
+            shared.caller_sleeps.store(false, SeqCst);
+        }
+        *lock(&shared.body) = None;
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let workers = std::mem::take(&mut self.workers);
+        if self.process != std::process::id() {
+            // The threads stayed behind in the parent process: there is nothing to join here.
+            workers.into_iter().for_each(std::mem::forget);
+            return;
+        }
+        self.shared.stopping.store(true, SeqCst);
+        {
+            let _guard = lock(&self.shared.sleep);
+            self.shared.wake.notify_all();
+        }
+        for worker in workers {
+            // Items' panics were caught; a worker has no other way to fail.
+            let _ = worker.join();
+        }
+    }
+}
