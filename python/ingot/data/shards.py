@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.data.corpus import Corpus
+from ingot.durable import reached, rename
 from ingot.errors import DataError
 
 if TYPE_CHECKING:
@@ -89,11 +90,13 @@ class TokenShards:
         temporary = folder / f"{path.name}.{os.getpid()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            reached("token file: before write")
             with temporary.open("wb") as file:
                 _write(file, corpus, tokenizer, progress, threads)
                 file.flush()
+                reached("token file: before sync")
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            rename(temporary, path)
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be written: {error.strerror or error}; --cache-dir chooses another place"

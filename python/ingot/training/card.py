@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 
@@ -26,7 +27,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
         Names for people and values in nats per token; those without a value are left out.
     """
     data, config = facts["data"], facts["config"]
-    name = str(config["output"]).rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "model"
+    name = PurePath(str(config["output"])).name or "model"
     measured = [f"| {label} | {value:.4f} |" for label, value in losses.items() if value is not None]
     lineage = {
         "corpus sha256": data["source_hash"],
@@ -40,7 +41,10 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
     }
     rows = [f"| {label} | {value} |" for label, value in lineage.items()]
-    settings = json.dumps(config, indent=1, ensure_ascii=False)
+    # The card travels with the model: it names the text, not the folders of the machine.
+    shown = {key: value for key, value in config.items() if key not in ("output", "cache_dir")}
+    shown["data"] = [PurePath(path).name for path in config.get("data", ())]
+    settings = json.dumps(shown, indent=1, ensure_ascii=False)
     return "\n".join(
         [
             "---",

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ingot.errors import CheckpointError
-from ingot.training.durable import (
+from ingot.durable import (
     file_sha256,
     reached,
     remove_folder,
@@ -26,6 +25,7 @@ from ingot.training.durable import (
     sync_folder,
     temporary_name,
 )
+from ingot.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ingot.models.base import Model
@@ -58,6 +58,7 @@ def write_checkpoint(
     temporary = temporary_name(target)
     try:
         temporary.mkdir()
+        reached(f"{MODEL_FILE}: before write")
         model.save(temporary)
         tokenizer.save(temporary)
         reached(f"{OPTIMIZER_FILE}: before write")
@@ -65,7 +66,6 @@ def write_checkpoint(
         (temporary / STATE_FILE).write_bytes(_json({"format_version": FORMAT_VERSION, **state}))
         files = {}
         for path in sorted(temporary.iterdir()):
-            reached(f"{path.name}: before sync in checkpoint")
             sync_file(path)
             files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         manifest = {"format_version": FORMAT_VERSION, "versions": dict(versions), "files": files}
@@ -93,7 +93,7 @@ def read_weights(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     """The model's arrays of a verified checkpoint, by Hugging Face name."""
     from safetensors.numpy import load_file
 
-    weights = {}
+    weights: dict[str, npt.NDArray[np.float32]] = {}
     for file in sorted(path.glob("model*.safetensors")):
         weights |= load_file(file)
     return weights
@@ -183,11 +183,16 @@ def newest_usable(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(folder: Path, step: int, keep_newest: int, keep_best: int | None) -> None:
-    """Delete the checkpoints up to ``step`` but for the newest ones and the best."""
+def prune(folder: Path, step: int, previous: int, keep_newest: int, keep_best: int | None) -> None:
+    """Delete the checkpoints up to ``step``, the newest, but for the newest ones and the best.
+
+    Those between ``previous``, the one saved or resumed from before, and ``step`` were refused when the run was resumed: they go first.
+    """
     done = [(number, path) for number, path in list_checkpoints(folder) if number <= step]
-    for number, path in done[:-keep_newest]:
-        if number != keep_best:
+    refused = [(number, path) for number, path in done if previous < number < step]
+    kept = [entry for entry in done if entry not in refused]
+    for number, path in refused + kept[:-keep_newest]:
+        if number != keep_best or (number, path) in refused:
             remove_folder(path)
 
 

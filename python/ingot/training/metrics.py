@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ingot.training.durable import reached, write_file
+from ingot.durable import reached, sync_file, write_file
 
 
 class MetricsLog:
@@ -42,9 +42,7 @@ class MetricsLog:
         """Make the lines durable: a checkpoint must not be newer than what leads to it."""
         if not self.path.exists():
             return
-        reached(f"{self.path.name}: before sync")
-        with self.path.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(self.path)
 
     def cut(self, lines: int) -> None:
         """Keep the first ``lines`` lines; a torn last line goes too."""

@@ -22,8 +22,6 @@ from ingot.training.runs import RunFolder
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
 
-END_OF_TEXT = "<|endoftext|>"
-
 Data = Corpus | Iterable[str | bytes] | None
 """Text given by a program instead of paths."""
 
@@ -160,13 +158,17 @@ def _tokenizer(config: PretrainConfig, folder: RunFolder | None, corpus: Corpus,
         if config.vocab_size is not None:
             raise ConfigError("--model brings its tokenizer: leave --vocab-size out")
         tokenizer = Tokenizer.from_file(config.model)
-    elif config.vocab_size is not None and config.vocab_size > 256:
-        display.say(f"training a tokenizer of {config.vocab_size} tokens on {corpus.num_bytes:,} bytes")
-        tokenizer = Tokenizer.train(iter(corpus), vocab_size=config.vocab_size, special_tokens=[END_OF_TEXT])
+    elif config.vocab_size is not None:
+        if config.vocab_size != 256:
+            display.say(f"training a tokenizer of {config.vocab_size} tokens on {corpus.num_bytes:,} bytes")
+        tokenizer = Tokenizer.train(
+            corpus,
+            vocab_size=config.vocab_size,
+            threads=config.threads,
+            progress=lambda stage, done, total: display.work(f"tokenizer: {stage}", done, total or corpus.num_bytes),
+        )
     else:
-        # 256 ids are the bytes themselves; nothing is learned from the text. A smaller vocab_size is refused there.
-        size = 256 if config.vocab_size is None else config.vocab_size
-        tokenizer = Tokenizer.train([b"bytes"], vocab_size=size, special_tokens=[])
+        tokenizer = Tokenizer.bytes_only()
     if folder is not None:
         folder.save_tokenizer(tokenizer)
     return tokenizer

@@ -19,6 +19,7 @@ import psutil
 
 from ingot.configs import PretrainConfig, parse_duration
 from ingot.data.batches import Batch, Cursor, count_held_out_batches, held_out_batches, mix
+from ingot.durable import write_file
 from ingot.errors import ConfigError, RunError
 from ingot.inference.generate import generate
 from ingot.losses.next_token import next_token_loss, token_weights
@@ -28,7 +29,6 @@ from ingot.training.card import versions, write_card
 from ingot.training.checkpoints import newest_usable, prune, read_optimizer, read_state, read_weights, write_checkpoint
 from ingot.training.cost import Cost, Probe, timed
 from ingot.training.decisions import Decisions, announce, decide
-from ingot.training.durable import write_file
 from ingot.training.interruption import Interruption
 from ingot.training.preparation import Data, Text, make_model, prepare_text
 from ingot.training.progress import Display, Status, make_display
@@ -270,14 +270,15 @@ def _probe(config: PretrainConfig, text: Text, model: Model) -> Probe:
         _backward(model, config, batch, 0)
         model.step(0.0, clip_norm=config.max_grad_norm or None)
 
-    seconds = 1.0 if config.max_time is None else min(10.0, max(1.0, 0.01 * parse_duration(config.max_time)))
+    # A length fitted to the time deserves a better measurement than an estimate for the eye.
+    seconds = 0.2 if config.max_time is None else min(10.0, max(1.0, 0.01 * parse_duration(config.max_time)))
     before = model.state()
     step_s = timed(step, seconds)
     model.load_state(before)
     evaluation_batch_s = 0.0
     for sample in _held_out(config, text, 1):
         evaluation_batch_s = timed(
-            functools.partial(model.forward, sample.tokens, sample.offsets, sample.targets, train=False), 0.2
+            functools.partial(model.forward, sample.tokens, sample.offsets, sample.targets, train=False), 0.05
         )
     batches = count_held_out_batches(
         text.split.held_out, max_length=config.max_length, rows=config.per_device_train_batch_size
@@ -508,16 +509,27 @@ class _Run:
                 raise RunError(f"{line}; free some space, then: ingot pretrain --resume {self.folder.path}") from None
             self.display.say(f"{line}; the run goes on")
             return
-        self.saved_step = state.step
-        with contextlib.suppress(OSError):
-            prune(self.folder.path, state.step, self.config.save_total_limit, state.best_saved_step)
+        previous, self.saved_step = self.saved_step, state.step
+        self.prune(previous)
         self._times = dataclasses.replace(self._times, save_s=time.perf_counter() - began)
         self.notify(lambda callback, view: callback.on_save(view, path))
+
+    def prune(self, previous: int) -> None:
+        """Delete the checkpoints that are not to be kept; one that cannot be deleted does no harm."""
+        with contextlib.suppress(OSError):
+            prune(
+                self.folder.path,
+                self.state.step,
+                previous,
+                self.config.save_total_limit,
+                self.state.best_saved_step,
+            )
 
     def finish(self) -> None:
         """Curves, card, and the mark that the run is done."""
         state, folder = self.state, self.folder
         self.display.stop()
+        self.prune(state.step)
         if state.best_step is None:
             self.export_required()
         losses = {"held out, best": state.best_loss, "held out, last step": state.eval_loss}

@@ -155,7 +155,7 @@ class RichDisplay:
             )
             self._working.add_task(text, total=total)
             self._working.start()
-        self._working.update(self._working.task_ids[0], completed=done)
+        self._working.update(self._working.task_ids[0], description=text, completed=done, total=total)
         if done >= total:
             self._working.stop()
             self._working = None

@@ -28,7 +28,7 @@ def draw_curves(history: Iterable[Mapping[str, Any]], title: str) -> bytes:
         foreground="#333333",
         foreground_strong="#111111",
         foreground_subtle="#888888",
-        colors=("#9db7d5", "#c8553d"),
+        colors=("#4a7fb5", "#c8553d"),
         font_family="sans-serif",
         title_font_size=18,
         label_font_size=13,
@@ -43,7 +43,6 @@ def draw_curves(history: Iterable[Mapping[str, Any]], title: str) -> bytes:
         width=900,
         height=520,
         show_dots=False,
-        stroke_style={"width": 2},
         legend_at_bottom=True,
         legend_at_bottom_columns=2,
         include_x_axis=False,
@@ -52,8 +51,8 @@ def draw_curves(history: Iterable[Mapping[str, Any]], title: str) -> bytes:
         # No script from elsewhere: the file must open without a network.
         js=(),
     )
-    chart.add("training", training)
-    chart.add("held out", held_out, show_dots=True, dots_size=3)
+    chart.add("training", training, stroke_style={"width": 1.5})
+    chart.add("held out", held_out, show_dots=True, dots_size=3, stroke_style={"width": 1.5})
     content: bytes = chart.render()
     return content
 

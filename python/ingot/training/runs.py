@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ingot.errors import RunError
-from ingot.training.checkpoints import MODEL_FILE
-from ingot.training.durable import (
+from ingot.durable import (
     crash_points as crash_points,  # tests listen here
 )
-from ingot.training.durable import (
+from ingot.durable import (
+    reached,
     remove_unfinished,
     rename,
     sync_file,
     temporary_name,
     write_file,
 )
+from ingot.errors import RunError
+from ingot.training.checkpoints import MODEL_FILE
+from ingot.training.companions import write_generation_config, write_tokenizer_config
 from ingot.training.locks import RunLock
 from ingot.training.metrics import MetricsLog
 
@@ -106,7 +108,12 @@ class RunFolder:
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Put the tokenizer at the top of the folder; tokenizer.json appears last."""
-        self._publish([tokenizer.save], last="tokenizer.json")
+
+        def write(folder: Path) -> None:
+            tokenizer.save(folder)
+            write_tokenizer_config(folder, tokenizer)
+
+        self._publish(write, last="tokenizer.json")
 
     def export(self, model: Model, tokenizer: Tokenizer, card: str) -> None:
         """Make the top of the folder a Hugging Face directory of this model; each file is replaced in one step, weights last.
@@ -117,18 +124,22 @@ class RunFolder:
             There is no space, say; the files that were there stay.
         """
 
-        def write_card(folder: Path) -> None:
+        def write(folder: Path) -> None:
+            model.save(folder)
+            tokenizer.save(folder)
+            write_tokenizer_config(folder, tokenizer, model.config.max_position_embeddings)
+            write_generation_config(folder, tokenizer)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
-        self._publish([model.save, tokenizer.save, write_card], last=MODEL_FILE)
+        self._publish(write, last=MODEL_FILE)
 
-    def _publish(self, writers: Sequence[Callable[[Path], object]], last: str) -> None:
+    def _publish(self, write: Callable[[Path], None], last: str) -> None:
         """Write files aside, sync them, and move each to the top of the folder."""
         temporary = temporary_name(self.path / "export")
         try:
             temporary.mkdir()
-            for write in writers:
-                write(temporary)
+            reached(f"{last}: before write with its companions")
+            write(temporary)
             files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name))
             for file in files:
                 sync_file(file)

@@ -58,16 +58,17 @@ def write_file(path: Path, content: bytes) -> None:
 
 def rename(source: Path, target: Path) -> None:
     """Rename a synced file over ``target``, or a synced folder to a new name, and make it durable."""
-    reached(f"{target.name}: before rename")
+    name = target.name
+    reached(f"{name}: before rename")
     source.replace(target)
-    reached(f"{target.name}: before folder sync")
+    reached(f"{name}: before folder sync")
     sync_folder(target.parent)
-    reached(f"{target.name}: done")
+    reached(f"{name}: done")
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder; a crash leaves it whole or under a temporary name."""
-    temporary = temporary_name(path)
+    temporary = temporary_name(path.with_name(f"removed-{path.name}"))
     reached(f"{path.name}: before removal")
     path.replace(temporary)
     reached(f"{path.name}: during removal")
@@ -77,6 +78,7 @@ def remove_folder(path: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Wait until the content of a file is on the disk."""
+    reached(f"{path.name}: before sync in place")
     # Windows syncs only files that are open for writing.
     with path.open("rb+") as file:
         os.fsync(file.fileno())
