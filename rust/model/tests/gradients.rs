@@ -1,0 +1,143 @@
+//! Gradients against finite differences of the forward pass, tensor by tensor.
+
+mod common;
+
+use common::{ALL, Data, Mixture, all_configs, dot, gpt2, llama, model_with};
+use ingot_model::{Config, ForwardOptions, Level, Model, Want};
+
+/// Largest relative difference between the slope along a tensor's own gradient and the gradient's norm.
+const TOLERANCE: f64 = 1e-2;
+
+/// Checks every tensor: moving it along its gradient must change the loss by the gradient's norm.
+fn check(name: &str, model: &mut Model, data: &Data, options: &ForwardOptions<'_>) {
+    let hidden_rows = options.hidden_rows.map_or(data.tokens.len(), <[i64]>::len);
+    let hidden_floats = hidden_rows * model.config().hidden_size;
+    let mixture = Mixture::new(data.tokens.len(), model.num_values(), hidden_floats, 5);
+    model.zero_grad();
+    let (context, _) = model.forward(&data.batch(), options).unwrap();
+    model.backward(&mut context.unwrap(), &mixture.gradients(options.want)).unwrap();
+    let gradients = model.gradients().unwrap().to_vec();
+    let start = model.parameters().to_vec();
+    for parameter in model.table().to_vec() {
+        let range = parameter.range();
+        let gradient = &gradients[range.clone()];
+        let norm = dot(gradient, gradient).sqrt();
+        let size = dot(&start[range.clone()], &start[range.clone()]).sqrt();
+        if norm < 1e-4 {
+            continue;
+        }
+        // Fourth-order differences allow a step that is large beside the rounding of f32.
+        let step = 1.5e-3 * size.max(0.5);
+        let mut at = |multiple: f64| {
+            let parameters = model.parameters_mut();
+            for ((p, &p0), &g) in parameters[range.clone()].iter_mut().zip(&start[range.clone()]).zip(gradient) {
+                *p = (f64::from(p0) + multiple * step * f64::from(g) / norm) as f32;
+            }
+            let loss = mixture.loss(&model.forward(&data.batch(), options).unwrap().1);
+            model.parameters_mut()[range.clone()].copy_from_slice(&start[range.clone()]);
+            loss
+        };
+        let slope = (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * step);
+        let error = (slope - norm).abs() / norm;
+        assert!(error < TOLERANCE, "{name}: {}: slope {slope}, gradient {norm}", parameter.name);
+    }
+}
+
+fn options(want: Want) -> ForwardOptions<'static> {
+    ForwardOptions { want, ..ForwardOptions::default() }
+}
+
+#[test]
+fn every_tensor_of_every_architecture_through_all_outputs() {
+    for (name, config) in all_configs() {
+        let mut model = model_with(&config, None, 2, 2);
+        let data = Data::new(&config, &[5, 1, 0, 9, 70], 1);
+        check(name, &mut model, &data, &options(ALL));
+    }
+}
+
+#[test]
+fn every_level() {
+    for level in Level::available() {
+        for config in [gpt2(), llama()] {
+            let mut model = model_with(&config, Some(level), 1, 1);
+            let data = Data::new(&config, &[3, 7], 2);
+            check(level.name(), &mut model, &data, &options(ALL));
+        }
+    }
+}
+
+#[test]
+fn each_output_alone() {
+    let none = Want::default();
+    let singles = [
+        ("logprobs", Want { logprobs: true, ..none }),
+        ("entropy", Want { entropy: true, ..none }),
+        ("lse", Want { lse: true, ..none }),
+        ("zbar", Want { zbar: true, ..none }),
+        ("values", Want { values: true, ..none }),
+        ("hidden", Want { hidden: true, ..none }),
+    ];
+    for config in [gpt2(), llama()] {
+        let mut model = model_with(&config, None, 2, 3);
+        let data = Data::new(&config, &[6, 4], 3);
+        for (name, want) in singles {
+            check(name, &mut model, &data, &options(want));
+        }
+    }
+}
+
+#[test]
+fn temperature_banned_ids_and_chosen_rows() {
+    let config = llama();
+    let mut model = model_with(&config, None, 2, 1);
+    let mut data = Data::new(&config, &[6, 5], 4);
+    for target in &mut data.targets {
+        if [2, 7].contains(target) {
+            *target = 3;
+        }
+    }
+    let value_rows: Vec<bool> = (0..11).map(|row| row % 3 == 0).collect();
+    // Rows out of order, and one of them three times.
+    let hidden_rows = [9, 0, 4, 0, 0];
+    let options = ForwardOptions {
+        temperature: 0.7,
+        banned_ids: &[7, 2, 7],
+        value_rows: Some(&value_rows),
+        hidden_rows: Some(&hidden_rows),
+        ..options(ALL)
+    };
+    check("chosen rows", &mut model, &data, &options);
+}
+
+#[test]
+fn dropout_is_replayed_by_the_backward_pass() {
+    for base in [gpt2(), llama(), common::qwen3()] {
+        let config = Config { dropout: 0.3, ..base };
+        let mut model = model_with(&config, None, 2, 1);
+        let data = Data::new(&config, &[6, 9], 6);
+        check("dropout", &mut model, &data, &ForwardOptions { seed: 77, ..options(ALL) });
+    }
+}
+
+#[test]
+fn the_fused_pass_gives_the_loss_and_gradients_of_the_two_passes() {
+    for base in [gpt2(), llama()] {
+        let config = Config { dropout: 0.2, ..base };
+        let mut model = model_with(&config, None, 2, 0);
+        let data = Data::new(&config, &[8, 3, 30], 7);
+        let weights: Vec<f32> = (0..41).map(|i| 0.01 * i as f32).collect();
+        let options = ForwardOptions { temperature: 1.3, seed: 5, ..ForwardOptions::default() };
+
+        let loss = model.forward_backward(&data.batch(), &weights, &options).unwrap();
+        let fused = model.gradients().unwrap().to_vec();
+        model.zero_grad();
+        let (context, outputs) = model.forward(&data.batch(), &options).unwrap();
+        let logprobs = outputs.logprobs.unwrap();
+        let d: Vec<f32> = weights.iter().map(|w| -w).collect();
+        let gradients = ingot_model::OutputGradients { d_logprobs: Some(&d), ..Default::default() };
+        model.backward(&mut context.unwrap(), &gradients).unwrap();
+        assert!((loss + dot(&weights, &logprobs)).abs() < 1e-12, "{loss}");
+        assert_eq!(common::bits(&fused), common::bits(model.gradients().unwrap()));
+    }
+}
