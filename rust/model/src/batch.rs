@@ -201,7 +201,7 @@ fn check_offsets(offsets: &[i64], num_rows: usize) -> Result<(), ModelError> {
     Ok(())
 }
 
-fn check_ids(argument: &'static str, ids: &[i32], low: i32, vocab_size: usize) -> Result<(), ModelError> {
+pub(crate) fn check_ids(argument: &'static str, ids: &[i32], low: i32, vocab_size: usize) -> Result<(), ModelError> {
     match ids.iter().position(|&id| id < low || i64::from(id) >= vocab_size as i64) {
         None => Ok(()),
         Some(position) => Err(ModelError::OutOfRange {

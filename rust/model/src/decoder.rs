@@ -13,7 +13,7 @@ use std::ops::Range;
 use ingot_kernels::random::{RandomKey, site};
 use ingot_kernels::{Mat, MatMut, PagedSequence};
 
-use crate::batch::{HeadOptions, check_banned};
+use crate::batch::{HeadOptions, check_banned, check_ids};
 use crate::head::{row_statistics, rows_per_chunk};
 use crate::kv_cache::{NewRows, PageStore, PageTable};
 use crate::{Model, ModelError, PositionKind, Sampling, Want};
@@ -187,7 +187,7 @@ impl Decoder {
         let mut choices: Vec<Option<i32>> = vec![None; self.slots.len()];
         for &(slot, token) in forced {
             self.slot(slot)?;
-            check_ids("forced", &[token], slot, model.config().vocab_size)?;
+            check_ids("forced", &[token], 0, model.config().vocab_size)?;
             if self.banned_ids.binary_search(&token).is_ok() {
                 let message = format!("{token} for slot {slot} is one of banned_ids");
                 return Err(ModelError::argument("forced", message));
@@ -280,7 +280,6 @@ impl Decoder {
         positions: impl Fn(&Slot) -> Range<usize>,
         last: &mut [f32],
     ) {
-        let d = model.config().hidden_size;
         let mut segments = Vec::new();
         let mut num_rows = 0;
         for (row, &index) in slots.iter().enumerate() {
@@ -289,19 +288,178 @@ impl Decoder {
             self.store.reserve(&mut slot.pages, end);
             while start < end {
                 let stop = end.min(start + CHUNK_ROWS - num_rows);
-                let last = (stop == end && !last.is_empty()).then_some(row);
-                segments.push(Segment { slot: index, positions: start..stop, last });
+                let last_row = (stop == end && !last.is_empty()).then_some(row);
+                segments.push(Segment { slot: index, positions: start..stop, last: last_row });
                 num_rows += stop - start;
                 start = stop;
                 if num_rows == CHUNK_ROWS {
-                    self.run_blocks(model, &segments, d, last_rows(last));
+                    self.run_blocks(model, &segments, last);
                     segments.clear();
                     num_rows = 0;
                 }
             }
         }
         if num_rows > 0 {
-            self.run_blocks(model, &segments, d, last);
+            self.run_blocks(model, &segments, last);
         }
     }
+
+    /// The blocks on the rows of some segments, slots ascending: stores their keys and values, and copies the rows that
+    /// are a sequence's last to `last`.
+    fn run_blocks(&mut self, model: &Model, segments: &[Segment], last: &mut [f32]) {
+        let (compute, parameters, layout) = (model.compute(), model.parameters(), model.layout());
+        let (kernels, pool) = (&compute.kernels, &compute.pool);
+        let (d, first) = (model.config().hidden_size, &layout.blocks[0]);
+        let mut tokens = Vec::new();
+        let mut positions = Vec::new();
+        for segment in segments {
+            let Some(slot) = &self.slots[segment.slot] else { continue };
+            tokens.extend(slot.tokens[segment.positions.clone()].iter().map(|&token| token as u32));
+            positions.extend(segment.positions.clone().map(|position| position as u32));
+        }
+        let num_rows = tokens.len();
+        let rotary = model.rotary_table(positions.iter().max().map_or(0, |&position| position as usize + 1));
+        let lease = |width: usize| model.arenas().lease(num_rows * width);
+        let mut x = lease(d);
+        let mut normed = lease(d);
+        let mut qkv = lease(first.attention.qkv_width());
+        let mut rotated = lease(first.attention.rotated_width());
+        let mut attended = lease(first.attention.query_width());
+        let mut pre = lease(first.mlp.up.outputs);
+        let mut active = lease(first.mlp.width);
+        layout.embedding.forward(compute, parameters, &tokens, &positions, None, &mut x);
+        for block in &layout.blocks {
+            let rotary = rotary.as_deref();
+            block.attention_input(
+                compute, parameters, rotary, &positions, &x, None, &mut qkv, &mut rotated, &mut normed,
+            );
+            let (queries, keys, values) = block.attention.split(&qkv, &rotated);
+            self.store_rows(pool, block.layer, segments, keys, values);
+            let pages: Vec<Vec<&[f32]>> = segments
+                .iter()
+                .filter_map(|segment| self.slots[segment.slot].as_ref())
+                .map(|slot| self.store.layer(&slot.pages, block.layer))
+                .collect();
+            let sequences: Vec<PagedSequence<'_>> = segments
+                .iter()
+                .zip(&pages)
+                .map(|(segment, pages)| PagedSequence {
+                    rows: segment.positions.len(),
+                    length: segment.positions.end,
+                    pages,
+                })
+                .collect();
+            let out = MatMut::new(&mut attended, num_rows, block.attention.query_width());
+            kernels.attention_decode(pool, &block.attention.shape(), &sequences, queries, out);
+            block.attention_output(compute, parameters, &attended, &mut x);
+            block.mlp_norm.forward(compute, parameters, &x, &mut normed, None);
+            block.mlp_output(compute, parameters, &normed, &mut pre, &mut active, &mut x);
+        }
+        let mut end = 0;
+        for segment in segments {
+            end += segment.positions.len();
+            if let Some(row) = segment.last {
+                last[row * d..(row + 1) * d].copy_from_slice(&x[(end - 1) * d..end * d]);
+            }
+        }
+    }
+
+    /// Stores one layer's keys and values of the rows of some segments, slots ascending.
+    fn store_rows(
+        &mut self,
+        pool: &ingot_kernels::Pool,
+        layer: usize,
+        segments: &[Segment],
+        keys: Mat<'_>,
+        values: Mat<'_>,
+    ) {
+        let mut rest = segments.iter();
+        let mut next = rest.next();
+        let mut first_row = 0;
+        let mut rows = Vec::with_capacity(segments.len());
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            let (Some(slot), Some(segment)) = (slot, next) else { continue };
+            if segment.slot == index {
+                rows.push(NewRows { table: &mut slot.pages, positions: segment.positions.clone(), first_row });
+                first_row += segment.positions.len();
+                next = rest.next();
+            }
+        }
+        self.store.write(pool, layer, rows, keys, values);
+    }
+
+    /// Draws a token for each of the slots from the residual stream `x` [slots, d] of their last rows.
+    fn draw(
+        &self,
+        model: &Model,
+        slots: &[usize],
+        choices: &[Option<i32>],
+        x: &[f32],
+    ) -> Result<DecodeStep, ModelError> {
+        let (compute, parameters, layout) = (model.compute(), model.parameters(), model.layout());
+        let (d, vocab_size) = (model.config().hidden_size, model.config().vocab_size);
+        let rows_at_once = slots.len().min(rows_per_chunk(vocab_size, d));
+        let mut normed = model.arenas().lease(rows_at_once * d);
+        let mut logits = model.arenas().lease(rows_at_once * vocab_size);
+        let mut step = DecodeStep::default();
+        for (slots, x) in slots.chunks(rows_at_once.max(1)).zip(x.chunks(rows_at_once.max(1) * d)) {
+            let num_rows = slots.len();
+            layout.final_norm.forward(compute, parameters, x, &mut normed[..num_rows * d], None);
+            let normed = Mat::new(&normed[..num_rows * d], num_rows, d);
+            let out = MatMut::new(&mut logits[..num_rows * vocab_size], num_rows, vocab_size);
+            layout.head.forward(compute, parameters, normed, out, false);
+            let mut draws: Vec<Draw<'_>> = slots
+                .iter()
+                .filter_map(|&index| self.slots[index].as_ref().map(|slot| (index, slot)))
+                .map(|(index, slot)| Draw { slot, forced: choices[index], result: None })
+                .collect();
+            let items = draws.iter_mut().zip(logits.chunks_exact_mut(vocab_size)).collect();
+            compute.pool.for_each_with_scratch(items, 2 * vocab_size, |(draw, row): (&mut Draw<'_>, _), scratch| {
+                draw.result = self.draw_row(&compute.kernels, draw, row, scratch);
+            });
+            for (draw, &index) in draws.iter().zip(slots) {
+                let Some((token, logprob, entropy)) = draw.result else {
+                    return Err(ModelError::NotFinite { sequence_id: draw.slot.sequence_id });
+                };
+                step.slots.push(index);
+                step.tokens.push(token);
+                step.logprobs.push(logprob);
+                step.entropy.push(entropy);
+            }
+        }
+        Ok(step)
+    }
+
+    /// Token, log-probability and entropy from one row of raw logits; nothing where they are not finite.
+    fn draw_row(
+        &self,
+        kernels: &ingot_kernels::Kernels,
+        draw: &Draw<'_>,
+        logits: &mut [f32],
+        scratch: &mut [f32],
+    ) -> Option<(i32, f32, f32)> {
+        let slot = draw.slot;
+        // Scales and masks the row; the target does not matter yet.
+        let statistics = row_statistics(kernels, &slot.head, logits, draw.forced.unwrap_or_default() as usize);
+        if !(statistics.lse.is_finite() && statistics.entropy.is_finite()) {
+            return None;
+        }
+        let token = draw.forced.unwrap_or_else(|| {
+            let key = RandomKey {
+                seed: self.seed,
+                layer: 0,
+                site: site::SAMPLING,
+                sequence_id: slot.sequence_id,
+                position: slot.tokens.len() as u64,
+            };
+            slot.sampling.draw(kernels, logits, &slot.tokens, key.uniform(), scratch)
+        });
+        // The row is scaled already, and a factor of 1 changes no bit: the same statistics, for the token this time.
+        let statistics = kernels.head_row_statistics(logits, 1.0, token as usize);
+        Some((token, statistics.logprob, statistics.entropy))
+    }
+}
+
+fn unknown_slot(slot: usize) -> ModelError {
+    ModelError::argument("slot", format!("{slot} is not in use"))
 }

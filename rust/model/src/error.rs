@@ -63,6 +63,18 @@ pub enum ModelError {
     /// The context was made by another model.
     #[error("this context belongs to another model")]
     ContextForeign,
+    /// The parameters changed after the decoder was made.
+    #[error("the parameters changed after this decoder was made (by a step or a write): make a new one")]
+    DecoderStale,
+    /// The decoder was made by another model.
+    #[error("this decoder belongs to another model")]
+    DecoderForeign,
+    /// A token cannot be drawn.
+    #[error("the logits of sequence {sequence_id} are not finite numbers: the model's weights are damaged or diverged")]
+    NotFinite {
+        /// Identity of the sequence.
+        sequence_id: i64,
+    },
     /// A step was asked for before any gradient exists.
     #[error("there are no gradients yet: run backward or forward_backward before the step")]
     NoGradients,

@@ -13,20 +13,24 @@
 mod batch;
 mod config;
 mod context;
+mod decoder;
 mod error;
 mod families;
 mod head;
 mod init;
+mod kv_cache;
 mod layers;
 mod network;
 mod optimizer;
 mod parameters;
+mod sampling;
 #[cfg(test)]
 mod testing;
 
 pub use batch::{Batch, ForwardOptions, OutputGradients, Outputs, Want};
 pub use config::{ActivationKind, AttentionBias, Config, NormKind, PositionKind, RopeScaling};
 pub use context::Context;
+pub use decoder::{DecodeStep, Decoder, DecoderOptions};
 pub use error::ModelError;
 pub use families::Family;
 pub use ingot_kernels::adamw::EpsMode;
@@ -34,5 +38,6 @@ pub use ingot_kernels::{Kernels, Level, Pool};
 pub use network::{Model, Options};
 pub use optimizer::{Optimizer, OptimizerOptions, ParameterGroup, StepInfo};
 pub use parameters::Parameter;
+pub use sampling::Sampling;
 
 pub(crate) use layers::Compute;

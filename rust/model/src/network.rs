@@ -232,6 +232,11 @@ impl Model {
         Ok((&self.compute, &mut self.parameters, gradients))
     }
 
+    /// Tells models apart.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
     pub(crate) fn compute(&self) -> &Compute {
         &self.compute
     }

@@ -60,3 +60,48 @@ impl<'a> Dropout<'a> {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Compute, Dropout};
+    use ingot_kernels::{Kernels, Pool};
+
+    const WIDTH: usize = 4096;
+
+    /// The elements kept at (layer, site, row).
+    fn kept(dropout: &Dropout<'_>, layer: usize, site: u32, row: usize) -> Vec<bool> {
+        let compute = Compute { kernels: Kernels::best(), pool: Pool::new(1) };
+        let mut x = vec![1.0; WIDTH];
+        dropout.apply_row(&compute, layer, site, row, &mut x);
+        let expected = 1.0 / (1.0 - dropout.probability);
+        assert!(x.iter().all(|&x| x == 0.0 || (x - expected).abs() < 1e-6));
+        x.into_iter().map(|x| x != 0.0).collect()
+    }
+
+    #[test]
+    fn every_layer_site_sequence_and_position_has_a_mask_of_its_own() {
+        let dropout = Dropout { probability: 0.5, seed: 1, sequence_ids: &[7, 7, 8, 7], positions: &[0, 1, 0, 0] };
+        let base = kept(&dropout, 0, 1, 0);
+        let others = [
+            kept(&dropout, 1, 1, 0),
+            kept(&dropout, 0, 2, 0),
+            kept(&dropout, 0, 1, 1),
+            kept(&dropout, 0, 1, 2),
+            kept(&Dropout { seed: 2, ..dropout }, 0, 1, 0),
+        ];
+        for other in others {
+            let equal = base.iter().zip(&other).filter(|(a, b)| a == b).count();
+            // Independent masks agree in half of the elements; 6 deviations of the binomial either way.
+            assert!(equal.abs_diff(WIDTH / 2) < 6 * 32, "{equal} of {WIDTH} elements agree");
+        }
+        assert_eq!(base, kept(&dropout, 0, 1, 3), "the same identity at another row");
+    }
+
+    #[test]
+    fn the_share_dropped_is_the_probability() {
+        let dropout = Dropout { probability: 0.1, seed: 3, sequence_ids: &[0], positions: &[0] };
+        let dropped = kept(&dropout, 2, 3, 0).iter().filter(|kept| !**kept).count();
+        // Mean 410, deviation 19.
+        assert!(dropped.abs_diff(410) < 100, "{dropped}");
+    }
+}
