@@ -76,7 +76,9 @@ def test_packing_uses_each_target_once_an_epoch_and_mixes_no_documents(sizes, ma
             if whole <= max_length:
                 assert len(tokens) == whole, "a document that fits in a row was cut"
             seen.update(zip(tokens.tolist(), targets.tolist(), strict=True))
-    complete = [(int(t), int(t) + 1) for a, b in zip(stretches.starts, stretches.stops, strict=True) for t in range(a, b - 1)]
+    complete = [
+        (int(t), int(t) + 1) for a, b in zip(stretches.starts, stretches.stops, strict=True) for t in range(a, b - 1)
+    ]
     counts = {seen[pair] for pair in complete}
     # The last step may run into the next epoch.
     assert min(counts) == epochs
@@ -219,7 +221,10 @@ def test_many_documents_are_held_out_by_their_content(tmp_path):
     assert 140 < len(divided.held_out) < 260
 
     def texts(shards, stretches):
-        return {bytes(shards.ids[a + 1 : b - 1].astype(np.uint8)) for a, b in zip(stretches.starts, stretches.stops, strict=True)}
+        return {
+            bytes(shards.ids[a + 1 : b - 1].astype(np.uint8))
+            for a, b in zip(stretches.starts, stretches.stops, strict=True)
+        }
 
     held = texts(shards, divided.held_out)
     assert held | texts(shards, divided.train) == set(documents)

@@ -322,7 +322,7 @@ def test_resuming_reads_no_text_again(place, reference):
     with pytest.raises(KeyboardInterrupt):
         pretrain(killable.settings(folder), callbacks=[StopAt(6)], quiet=True)
     text = folder.parent / "text.txt"
-    os.unlink(text)
+    text.unlink()
     text.write_text("something else")
     resume(folder, quiet=True)
     assert_same(folder, reference)
@@ -336,7 +336,7 @@ def test_a_text_that_changed_is_noticed_where_it_must_be_read_again(place):
         file.unlink()
     text = folder.parent / "text.txt"
     changed = text.read_text() + "more"
-    os.unlink(text)
+    text.unlink()
     text.write_text(changed)
     with pytest.raises(RunError, match="the text has changed since this run began"):
         resume(folder, quiet=True)

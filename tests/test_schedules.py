@@ -19,9 +19,7 @@ def test_warm_up_rises_linearly_to_the_peak():
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
-@pytest.mark.parametrize(
-    ("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0), ("wsd", 1.0)]
-)
+@pytest.mark.parametrize(("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0), ("wsd", 1.0)])
 def test_shapes_at_their_ends_and_middle(schedule, middle):
     def at(step):
         return learning_rate(step, 1000, peak=1.0, schedule=schedule, min_ratio=0.1)
@@ -62,9 +60,7 @@ def test_cosine_is_the_one_of_pytorch():
 def test_rates_stay_between_floor_and_peak_and_never_rise_after_the_warm_up(schedule, total, warmup, floor, decay):
     warmup = min(warmup, total)
     rates = [
-        learning_rate(
-            step, total, peak=2.0, schedule=schedule, warmup_steps=warmup, min_ratio=floor, decay_ratio=decay
-        )
+        learning_rate(step, total, peak=2.0, schedule=schedule, warmup_steps=warmup, min_ratio=floor, decay_ratio=decay)
         for step in range(total)
     ]
     assert all(0 < rate <= 2.0 * (1 + 1e-12) for rate in rates[:warmup])

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -52,8 +53,6 @@ def write_checkpoint(
     OSError
         There is no space, say. What was there before stays, and nothing is left of the new one.
     """
-    from safetensors.numpy import save_file
-
     target = folder / f"checkpoint-{step}"
     temporary = temporary_name(target)
     try:
@@ -62,7 +61,7 @@ def write_checkpoint(
         model.save(temporary)
         tokenizer.save(temporary)
         reached(f"{OPTIMIZER_FILE}: before write")
-        save_file(dict(model.optimizer.state()), temporary / OPTIMIZER_FILE, {"format": "pt"})
+        _save_arrays(temporary / OPTIMIZER_FILE, model.optimizer.state())
         (temporary / STATE_FILE).write_bytes(_json({"format_version": FORMAT_VERSION, **state}))
         files = {}
         for path in sorted(temporary.iterdir()):
@@ -194,6 +193,20 @@ def prune(folder: Path, step: int, previous: int, keep_newest: int, keep_best: i
     for number, path in refused + kept[:-keep_newest]:
         if number != keep_best or (number, path) in refused:
             remove_folder(path)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(arrays), path, {"format": "pt"})
+    except SafetensorError as error:
+        # The library reports what the system refused in a class of its own, with the number in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

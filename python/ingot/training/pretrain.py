@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
 from ingot.configs import PretrainConfig, parse_duration
 from ingot.data.batches import Batch, Cursor, count_held_out_batches, held_out_batches, mix
 from ingot.durable import write_file
 from ingot.errors import ConfigError, RunError
-from ingot.inference.generate import generate
 from ingot.losses.next_token import next_token_loss, token_weights
 from ingot.models import Optimizer
 from ingot.training.callbacks import Callback, RunView
@@ -30,22 +28,21 @@ from ingot.training.checkpoints import newest_usable, prune, read_optimizer, rea
 from ingot.training.cost import Cost, Probe, timed
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.interruption import Interruption
+from ingot.training.pace import Pace
 from ingot.training.preparation import Data, Text, make_model, prepare_text
-from ingot.training.progress import Display, Status, make_display
+from ingot.training.progress import Display, make_display
 from ingot.training.report import draw_curves
 from ingot.training.runs import CARD_FILE, RunFolder
+from ingot.training.samples import choose_prompt, write_sample
 from ingot.training.schedules import learning_rate, resolve_warmup
+from ingot.training.state import State
 
 if TYPE_CHECKING:
     from ingot.models.base import Model
     from ingot.tokenizer import Tokenizer
 
 _MAX_SKIPPED_IN_ROW = 10
-_SAMPLE_TEMPERATURE = 0.8
-_SAMPLE_PROMPT_TOKENS = 16
 _DROPOUT_STREAM = 2
-# Weight of the newest measurement in the times that the ETA is made of.
-_SMOOTHING = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,40 +59,6 @@ class PretrainResult:
     """Lowest held-out loss, nats per token; None where nothing was held out."""
     final_loss: float | None
     """Held-out loss of the last step."""
-
-
-@dataclasses.dataclass
-class State:
-    """What changes from step to step, beside weights and moments; saved as trainer_state.json."""
-
-    step: int = 0
-    """Steps that are done."""
-    cursor: Cursor = dataclasses.field(default_factory=Cursor)
-    tokens: int = 0
-    """Targets seen."""
-    skipped_steps: int = 0
-    skipped_in_row: int = 0
-    loss_sum: float = 0.0
-    """Of the finite losses since the last line of metrics."""
-    loss_count: int = 0
-    evaluated_step: int = -1
-    eval_loss: float | None = None
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_saved_loss: float | None = None
-    """Held-out loss of the best checkpoint that is kept."""
-    best_saved_step: int | None = None
-    metrics_lines: int = 0
-    samples_lines: int = 0
-    elapsed_s: float = 0.0
-    """Time spent in all processes of this run."""
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> State:
-        """From trainer_state.json."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        kept = {name: value for name, value in fields.items() if name in names}
-        return cls(**{**kept, "cursor": Cursor(**fields["cursor"])})
 
 
 def pretrain(
@@ -311,13 +274,9 @@ class _Run:
         self.callbacks = callbacks
         self.warmup_steps = resolve_warmup(config.warmup_steps, config.warmup_ratio, decisions.max_steps)
         self.saved_step = state.step
+        self.pace = Pace(cost, decisions, model, config.max_length, state.elapsed_s)
+        self.prompt = choose_prompt(config, text)
         self.stop = Interruption()
-        self._times = cost
-        self._began = time.perf_counter() - state.elapsed_s
-        self._peak_flops = _peak_flops(model)
-        self._process = psutil.Process()
-        self._last_loss: float | None = None
-        self._tokens_per_s = 0.0
 
     def loop(self) -> None:
         """From the state's step to the last one."""
@@ -331,7 +290,7 @@ class _Run:
                 if self.stop.requested:
                     self.save(required=True)
                     raise KeyboardInterrupt
-                if state.step > 0 and self.due(self.decisions.save_steps):
+                if self.due(self.decisions.save_steps):
                     self.save(required=state.step == total)
                 if state.step >= total:
                     break
@@ -366,8 +325,8 @@ class _Run:
         if math.isfinite(loss):
             state.loss_sum += loss
             state.loss_count += 1
-            self._last_loss = loss
-        self.measure(time.perf_counter() - began, batch.num_targets)
+        self.pace.step_took(time.perf_counter() - began, batch.num_targets)
+        self.display.update(self.pace.status(state.step, loss, state.eval_loss))
         if self.due(config.logging_steps):
             self.log(info.grad_norm, rate)
 
@@ -386,7 +345,6 @@ class _Run:
     def log(self, grad_norm: float, rate: float) -> None:
         """One line of metrics.jsonl about training."""
         state = self.state
-        elapsed_s = time.perf_counter() - self._began
         metrics = {
             "step": state.step,
             "epoch": state.tokens / self.text.batches.tokens_per_epoch,
@@ -395,10 +353,7 @@ class _Run:
             "grad_norm": grad_norm,
             "learning_rate": rate,
             "skipped_steps": state.skipped_steps,
-            "time/elapsed_s": elapsed_s,
-            "time/tokens_per_s": self._tokens_per_s,
-            "time/share_of_peak": self.share_of_peak(),
-            "time/memory_bytes": self._process.memory_info().rss,
+            **self.pace.metrics(),
         }
         state.loss_sum, state.loss_count = 0.0, 0
         self.record(metrics)
@@ -414,7 +369,7 @@ class _Run:
             if loss is None:
                 return
         took_s = time.perf_counter() - began
-        self._times = dataclasses.replace(self._times, evaluation_s=took_s)
+        self.pace.evaluation_took(took_s)
         metrics = {"step": state.step, "tokens": state.tokens, "eval_loss": loss, "time/evaluation_s": took_s}
         if loss is not None:
             state.eval_loss = loss if math.isfinite(loss) else None
@@ -454,50 +409,31 @@ class _Run:
         state.best_loss, state.best_step = loss, state.step
 
     def sample(self) -> None:
-        """What the model writes now; the same prompt and random numbers each time."""
-        tokenizer, config = self.text.tokenizer, self.config
-        prompt = config.sample_prompt if config.sample_prompt is not None else self.held_out_prompt()
-        room = self.model.config.max_position_embeddings - len(tokenizer.encode_ordinary(prompt)) - 1
-        tokens = min(config.sample_tokens, room) if self.model.config.position == "learned" else config.sample_tokens
-        if tokens < 1:
+        """What the model writes now."""
+        completion = write_sample(self.model, self.text, self.prompt, self.config.sample_tokens, self.config.seed)
+        if completion is None:
             return
-        completion = generate(
-            self.model,
-            tokenizer,
-            [prompt],
-            max_new_tokens=tokens,
-            temperature=_SAMPLE_TEMPERATURE,
-            seed=config.seed,
-        )[0]
+        line = {"step": self.state.step, "prompt": self.prompt, "completion": completion}
+        self.guarded(lambda: self.folder.samples.append(line))
         self.state.samples_lines += 1
-        self.guarded(
-            lambda: self.folder.samples.append(
-                {"step": self.state.step, "prompt": prompt, "completion": completion.text}
-            )
-        )
-        shown = (prompt + completion.text).strip().replace("\n", "\n  | ")
+        shown = (self.prompt + completion).strip().replace("\n", "\n  | ")
         self.display.say(f"  | {shown}")
-
-    def held_out_prompt(self) -> str:
-        """The first tokens of the held-out text, or of the training text where nothing is held out."""
-        stretches = self.text.split.held_out if len(self.text.split.held_out) else self.text.split.train
-        length = min(_SAMPLE_PROMPT_TOKENS, self.config.max_length // 4)
-        start = int(stretches.starts[0])
-        ids = [int(token) for token in self.text.shards.ids[start : min(start + length, int(stretches.stops[0]))]]
-        return self.text.tokenizer.decode([token for token in ids if token != self.text.shards.eos_token_id])
 
     def save(self, required: bool) -> None:
         """Write a checkpoint. Where there is no space for it, go on without, unless it is ``required``."""
         state = self.state
-        if self.saved_step == state.step:
+        if self.saved_step == state.step or state.step == 0:
+            return
+        if state.skipped_in_row and not required:
+            # Should the weights have lost their numbers, this would in time replace every good checkpoint.
             return
         began = time.perf_counter()
         before = state.best_saved_loss, state.best_saved_step
         loss = state.eval_loss if state.evaluated_step == state.step else None
         if loss is not None and (state.best_saved_loss is None or loss < state.best_saved_loss):
             state.best_saved_loss, state.best_saved_step = loss, state.step
-        state.elapsed_s = began - self._began
-        fields = {**dataclasses.asdict(state), "level": self.model.level, "backend": self.model.backend}
+        state.elapsed_s = self.pace.elapsed_s
+        fields = {**state.to_dict(), "level": self.model.level, "backend": self.model.backend}
         try:
             self.folder.metrics.sync()
             self.folder.samples.sync()
@@ -511,7 +447,7 @@ class _Run:
             return
         previous, self.saved_step = self.saved_step, state.step
         self.prune(previous)
-        self._times = dataclasses.replace(self._times, save_s=time.perf_counter() - began)
+        self.pace.save_took(time.perf_counter() - began)
         self.notify(lambda callback, view: callback.on_save(view, path))
 
     def prune(self, previous: int) -> None:
@@ -584,42 +520,6 @@ class _Run:
             view = RunView(self.model, self.text.tokenizer, self.folder.path, self.state.step, self.decisions.max_steps)
             for callback in self.callbacks:
                 call(callback, view)
-
-    def measure(self, step_s: float, tokens: int) -> None:
-        """Update the times and the display."""
-        state = self.state
-        smoothed = self._times.step_s + _SMOOTHING * (step_s - self._times.step_s)
-        self._times = dataclasses.replace(self._times, step_s=smoothed)
-        self._tokens_per_s = tokens / smoothed
-        remaining = self.decisions.max_steps - state.step
-        evaluations = -(-remaining // self.decisions.eval_steps)
-        saves = -(-remaining // self.decisions.save_steps)
-        self.display.update(
-            Status(
-                step=state.step,
-                loss=self._last_loss,
-                eval_loss=state.eval_loss,
-                tokens_per_s=self._tokens_per_s,
-                share_of_peak=self.share_of_peak(),
-                memory_bytes=self._process.memory_info().rss,
-                eta_s=self._times.total_s(remaining, evaluations, saves),
-            )
-        )
-
-    def share_of_peak(self) -> float | None:
-        """Arithmetic done over what the machine was measured to do."""
-        if self._peak_flops is None:
-            return None
-        return self._tokens_per_s * self.model.flops_per_token(self.config.max_length) / self._peak_flops
-
-
-def _peak_flops(model: Model) -> float | None:
-    """Measured f32 operations per second of this machine, for the native backend."""
-    if model.backend != "native":
-        return None
-    from ingot import _native
-
-    return float(_native.measured_peak(model.threads)["gflops"]) * 1e9
 
 
 def _reason(error: OSError) -> str:

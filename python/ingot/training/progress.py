@@ -20,7 +20,7 @@ class Status:
 
     step: int
     loss: float | None
-    """Training loss, nats per token."""
+    """Training loss of the last step, nats per token."""
     eval_loss: float | None
     """Last held-out loss, nats per token."""
     tokens_per_s: float
