@@ -34,12 +34,21 @@ impl Buffer {
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
         if len == 0 {
-            return Self { pointer: NonNull::dangling(), len };
+            return Self {
+                pointer: NonNull::dangling(),
+                len,
+            };
         }
         let layout = Self::layout(len);
         // SAFETY: the layout has a non-zero size.
         let raw = unsafe { alloc(layout) };
-        let Some(pointer) = NonNull::new(raw.cast::<f32>()) else { handle_alloc_error(layout) };
+        #[allow(
+            clippy::cast_ptr_alignment,
+            reason = "the layout asks for more than f32 needs"
+        )]
+        let Some(pointer) = NonNull::new(raw.cast::<f32>()) else {
+            handle_alloc_error(layout)
+        };
         // The advice has to come before the first touch, which is why the zeros are not left to the allocator.
         if layout.size() >= HUGE_PAGE {
             advise_huge_pages(raw, layout.size());
@@ -50,8 +59,14 @@ impl Buffer {
     }
 
     fn layout(len: usize) -> Layout {
-        let size = len.checked_mul(size_of::<f32>()).expect("buffer length overflows the address space");
-        let align = if size >= HUGE_PAGE { HUGE_PAGE } else { ALIGNMENT };
+        let size = len
+            .checked_mul(size_of::<f32>())
+            .expect("buffer length overflows the address space");
+        let align = if size >= HUGE_PAGE {
+            HUGE_PAGE
+        } else {
+            ALIGNMENT
+        };
         Layout::from_size_align(size, align).expect("buffer length overflows the address space")
     }
 }
@@ -73,7 +88,9 @@ impl Clone for Buffer {
 
 impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Buffer").field("len", &self.len).finish_non_exhaustive()
+        f.debug_struct("Buffer")
+            .field("len", &self.len)
+            .finish_non_exhaustive()
     }
 }
 
@@ -106,7 +123,11 @@ impl DerefMut for Buffer {
 fn advise_huge_pages(pointer: *mut u8, size: usize) {
     const MADV_HUGEPAGE: std::ffi::c_int = 14;
     unsafe extern "C" {
-        fn madvise(address: *mut std::ffi::c_void, length: usize, advice: std::ffi::c_int) -> std::ffi::c_int;
+        fn madvise(
+            address: *mut std::ffi::c_void,
+            length: usize,
+            advice: std::ffi::c_int,
+        ) -> std::ffi::c_int;
     }
     // SAFETY: the range starts at a huge-page boundary and is cut to whole huge pages inside one live allocation; the
     // advice does not change its contents.
@@ -137,16 +158,27 @@ impl ArenaPool {
     /// new one of zeros.
     pub fn lease(&self, len: usize) -> Lease {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let fitting = (0..free.len()).filter(|&i| free[i].len() >= len).min_by_key(|&i| free[i].len());
+        let fitting = (0..free.len())
+            .filter(|&i| free[i].len() >= len)
+            .min_by_key(|&i| free[i].len());
         let buffer = fitting.map(|i| free.swap_remove(i));
         drop(free);
-        Lease { owner: self.clone(), buffer: buffer.unwrap_or_else(|| Buffer::zeroed(len)), len }
+        Lease {
+            owner: self.clone(),
+            buffer: buffer.unwrap_or_else(|| Buffer::zeroed(len)),
+            len,
+        }
     }
 
     /// Number of floats in the buffers that are not lent at the moment.
     #[must_use]
     pub fn free_floats(&self) -> usize {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|buffer| buffer.len()).sum()
+        self.free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .map(|buffer| buffer.len())
+            .sum()
     }
 }
 
@@ -175,7 +207,11 @@ impl Drop for Lease {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
         if !buffer.is_empty() {
-            self.owner.free.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+            self.owner
+                .free
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(buffer);
         }
     }
 }

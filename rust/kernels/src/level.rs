@@ -20,13 +20,19 @@ impl Level {
     /// The levels that this CPU has, slowest first.
     #[must_use]
     pub fn available() -> Vec<Self> {
-        Self::ALL.into_iter().filter(|level| level.is_available()).collect()
+        Self::ALL
+            .into_iter()
+            .filter(|level| level.is_available())
+            .collect()
     }
 
     /// The fastest level that this CPU has.
     #[must_use]
     pub fn best() -> Self {
-        Self::ALL.into_iter().rfind(|level| level.is_available()).unwrap_or(Self::Portable)
+        Self::ALL
+            .into_iter()
+            .rfind(|level| level.is_available())
+            .unwrap_or(Self::Portable)
     }
 
     /// Whether this CPU (and operating system) has the level.
@@ -97,7 +103,9 @@ impl Kernels {
     /// The kernels of the fastest level that the CPU has.
     #[must_use]
     pub fn best() -> Self {
-        Self { level: Level::best() }
+        Self {
+            level: Level::best(),
+        }
     }
 
     /// The level of these kernels.
@@ -122,7 +130,11 @@ mod tests {
     #[test]
     fn kernels_exist_for_available_levels_only() {
         for level in Level::ALL {
-            assert_eq!(Kernels::new(level).is_some(), level.is_available(), "{level}");
+            assert_eq!(
+                Kernels::new(level).is_some(),
+                level.is_available(),
+                "{level}"
+            );
         }
         assert_eq!(Level::available().first(), Some(&Level::Portable));
         assert_eq!(Level::available().last(), Some(&Level::best()));

@@ -9,7 +9,10 @@ use std::ops::Range;
 
 /// Number of elements from the first to one behind the last of a view.
 fn extent(rows: usize, cols: usize, stride: usize) -> usize {
-    assert!(cols <= stride || rows <= 1, "matrix view: {cols} columns do not fit in a row stride of {stride}");
+    assert!(
+        cols <= stride || rows <= 1,
+        "matrix view: {cols} columns do not fit in a row stride of {stride}"
+    );
     if rows == 0 || cols == 0 {
         return 0;
     }
@@ -50,7 +53,12 @@ impl<'a> Mat<'a> {
     /// If the slice does not have exactly `rows * cols` elements.
     #[must_use]
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(Some(data.len()), rows.checked_mul(cols), "matrix view: {rows} x {cols} over {} floats", data.len());
+        assert_eq!(
+            Some(data.len()),
+            rows.checked_mul(cols),
+            "matrix view: {rows} x {cols} over {} floats",
+            data.len()
+        );
         Self::with_stride(data, rows, cols, cols)
     }
 
@@ -66,7 +74,13 @@ impl<'a> Mat<'a> {
             "matrix view: {rows} x {cols}, stride {stride}, needs {extent} floats of {}",
             data.len()
         );
-        Self { pointer: data.as_ptr(), rows, cols, stride, life: PhantomData }
+        Self {
+            pointer: data.as_ptr(),
+            rows,
+            cols,
+            stride,
+            life: PhantomData,
+        }
     }
 
     /// Number of rows.
@@ -100,7 +114,11 @@ impl<'a> Mat<'a> {
     #[must_use]
     pub fn rows(&self, range: Range<usize>) -> Self {
         check_range("rows", &range, self.rows);
-        Self { pointer: self.at(range.start, 0), rows: range.len(), ..*self }
+        Self {
+            pointer: self.at(range.start, 0),
+            rows: range.len(),
+            ..*self
+        }
     }
 
     /// The view of some columns.
@@ -110,7 +128,11 @@ impl<'a> Mat<'a> {
     #[must_use]
     pub fn cols(&self, range: Range<usize>) -> Self {
         check_range("columns", &range, self.cols);
-        Self { pointer: self.at(0, range.start), cols: range.len(), ..*self }
+        Self {
+            pointer: self.at(0, range.start),
+            cols: range.len(),
+            ..*self
+        }
     }
 
     /// One row.
@@ -119,14 +141,20 @@ impl<'a> Mat<'a> {
     /// If there is no such row.
     #[must_use]
     pub fn row(&self, row: usize) -> &'a [f32] {
-        assert!(row < self.rows, "matrix view: row {row} out of 0..{}", self.rows);
+        assert!(
+            row < self.rows,
+            "matrix view: row {row} out of 0..{}",
+            self.rows
+        );
         // SAFETY: the row lies within the borrowed extent checked by the constructor.
         unsafe { std::slice::from_raw_parts(self.at(row, 0), self.cols) }
     }
 
     fn at(&self, row: usize, col: usize) -> *const f32 {
         // Wrapping, because an empty view has no memory behind it.
-        self.pointer.wrapping_add(row.wrapping_mul(self.stride)).wrapping_add(col)
+        self.pointer
+            .wrapping_add(row.wrapping_mul(self.stride))
+            .wrapping_add(col)
     }
 }
 
@@ -152,7 +180,12 @@ impl<'a> MatMut<'a> {
     /// If the slice does not have exactly `rows * cols` elements.
     #[must_use]
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(Some(data.len()), rows.checked_mul(cols), "matrix view: {rows} x {cols} over {} floats", data.len());
+        assert_eq!(
+            Some(data.len()),
+            rows.checked_mul(cols),
+            "matrix view: {rows} x {cols} over {} floats",
+            data.len()
+        );
         Self::with_stride(data, rows, cols, cols)
     }
 
@@ -168,7 +201,13 @@ impl<'a> MatMut<'a> {
             "matrix view: {rows} x {cols}, stride {stride}, needs {extent} floats of {}",
             data.len()
         );
-        Self { pointer: data.as_mut_ptr(), rows, cols, stride, life: PhantomData }
+        Self {
+            pointer: data.as_mut_ptr(),
+            rows,
+            cols,
+            stride,
+            life: PhantomData,
+        }
     }
 
     /// Number of rows.
@@ -196,13 +235,25 @@ impl<'a> MatMut<'a> {
 
     /// The same view for a shorter time.
     pub fn reborrow(&mut self) -> MatMut<'_> {
-        MatMut { pointer: self.pointer, rows: self.rows, cols: self.cols, stride: self.stride, life: PhantomData }
+        MatMut {
+            pointer: self.pointer,
+            rows: self.rows,
+            cols: self.cols,
+            stride: self.stride,
+            life: PhantomData,
+        }
     }
 
     /// A read-only view of the same elements.
     #[must_use]
     pub fn as_ref(&self) -> Mat<'_> {
-        Mat { pointer: self.pointer, rows: self.rows, cols: self.cols, stride: self.stride, life: PhantomData }
+        Mat {
+            pointer: self.pointer,
+            rows: self.rows,
+            cols: self.cols,
+            stride: self.stride,
+            life: PhantomData,
+        }
     }
 
     /// The view of some rows.
@@ -212,7 +263,11 @@ impl<'a> MatMut<'a> {
     #[must_use]
     pub fn rows(self, range: Range<usize>) -> Self {
         check_range("rows", &range, self.rows);
-        Self { pointer: self.at(range.start, 0), rows: range.len(), ..self }
+        Self {
+            pointer: self.at(range.start, 0),
+            rows: range.len(),
+            ..self
+        }
     }
 
     /// The view of some columns.
@@ -222,7 +277,11 @@ impl<'a> MatMut<'a> {
     #[must_use]
     pub fn cols(self, range: Range<usize>) -> Self {
         check_range("columns", &range, self.cols);
-        Self { pointer: self.at(0, range.start), cols: range.len(), ..self }
+        Self {
+            pointer: self.at(0, range.start),
+            cols: range.len(),
+            ..self
+        }
     }
 
     /// One row.
@@ -239,17 +298,29 @@ impl<'a> MatMut<'a> {
     /// # Panics
     /// If there is no such row.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
-        assert!(row < self.rows, "matrix view: row {row} out of 0..{}", self.rows);
+        assert!(
+            row < self.rows,
+            "matrix view: row {row} out of 0..{}",
+            self.rows
+        );
         // SAFETY: the row lies within the extent that `self` borrows exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.at(row, 0), self.cols) }
     }
 
     /// All rows, each a mutable slice that lives as long as the view.
     pub fn into_rows(self) -> impl Iterator<Item = &'a mut [f32]> {
-        let Self { pointer, rows, cols, stride, .. } = self;
+        let Self {
+            pointer,
+            rows,
+            cols,
+            stride,
+            ..
+        } = self;
         (0..rows).map(move |row| {
             // SAFETY: rows are disjoint parts of the consumed exclusive view, each given out once.
-            unsafe { std::slice::from_raw_parts_mut(pointer.wrapping_add(row.wrapping_mul(stride)), cols) }
+            unsafe {
+                std::slice::from_raw_parts_mut(pointer.wrapping_add(row.wrapping_mul(stride)), cols)
+            }
         })
     }
 
@@ -260,7 +331,11 @@ impl<'a> MatMut<'a> {
     #[must_use]
     pub fn split_at_row(self, row: usize) -> (Self, Self) {
         check_range("rows", &(row..self.rows), self.rows);
-        let below = Self { pointer: self.at(row, 0), rows: self.rows - row, ..self };
+        let below = Self {
+            pointer: self.at(row, 0),
+            rows: self.rows - row,
+            ..self
+        };
         (Self { rows: row, ..self }, below)
     }
 
@@ -271,7 +346,11 @@ impl<'a> MatMut<'a> {
     #[must_use]
     pub fn split_at_col(self, col: usize) -> (Self, Self) {
         check_range("columns", &(col..self.cols), self.cols);
-        let right = Self { pointer: self.at(0, col), cols: self.cols - col, ..self };
+        let right = Self {
+            pointer: self.at(0, col),
+            cols: self.cols - col,
+            ..self
+        };
         (Self { cols: col, ..self }, right)
     }
 
@@ -285,7 +364,10 @@ impl<'a> MatMut<'a> {
         let mut rest = self;
         let mut start = 0;
         for &cut in cuts {
-            assert!(cut >= start, "matrix view: cuts must ascend, {cut} after {start}");
+            assert!(
+                cut >= start,
+                "matrix view: cuts must ascend, {cut} after {start}"
+            );
             let (part, below) = rest.split_at_row(cut - start);
             parts.push(part);
             (rest, start) = (below, cut);
@@ -305,7 +387,10 @@ impl<'a> MatMut<'a> {
             let mut rest = band;
             let mut start = 0;
             for &cut in col_cuts {
-                assert!(cut >= start, "matrix view: cuts must ascend, {cut} after {start}");
+                assert!(
+                    cut >= start,
+                    "matrix view: cuts must ascend, {cut} after {start}"
+                );
                 let (part, right) = rest.split_at_col(cut - start);
                 parts.push(part);
                 (rest, start) = (right, cut);
@@ -323,7 +408,9 @@ impl<'a> MatMut<'a> {
     }
 
     fn at(&self, row: usize, col: usize) -> *mut f32 {
-        self.pointer.wrapping_add(row.wrapping_mul(self.stride)).wrapping_add(col)
+        self.pointer
+            .wrapping_add(row.wrapping_mul(self.stride))
+            .wrapping_add(col)
     }
 }
 
@@ -388,7 +475,11 @@ mod tests {
     #[test]
     fn wrong_extents_are_refused() {
         let data = numbers(6);
-        for bad in [|d: &[f32]| drop(Mat::new(d, 2, 2)), |d| drop(Mat::with_stride(d, 2, 3, 2)), |d| drop(Mat::new(d, 2, 3).rows(1..3))] {
+        for bad in [
+            |d: &[f32]| drop(Mat::new(d, 2, 2)),
+            |d| drop(Mat::with_stride(d, 2, 3, 2)),
+            |d| drop(Mat::new(d, 2, 3).rows(1..3)),
+        ] {
             assert!(std::panic::catch_unwind(|| bad(&data)).is_err());
         }
     }

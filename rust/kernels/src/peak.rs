@@ -34,7 +34,9 @@ fn multiply_add_chains<S: Simd>(s: S, steps: usize, seed: f32) -> f32 {
             *chain = s.fma(*chain, factor, factor);
         }
     }
-    chains.into_iter().fold(0.0, |sum, chain| sum + s.sum(chain))
+    chains
+        .into_iter()
+        .fold(0.0, |sum, chain| sum + s.sum(chain))
 }
 
 #[inline(always)]
@@ -68,7 +70,9 @@ pub fn measured_peak(kernels: Kernels, pool: &Pool) -> MeasuredPeak {
     let (steps, seed) = (STEPS, std::hint::black_box(0.5_f32));
     let compute_s = best_time_s(|| {
         pool.for_index(false, num_items, 0, |_, _| {
-            std::hint::black_box(dispatch!(kernels, multiply_add_chains(steps: usize, seed: f32) -> f32));
+            std::hint::black_box(
+                dispatch!(kernels, multiply_add_chains(steps: usize, seed: f32) -> f32),
+            );
         });
     });
     let data = Buffer::zeroed(READ_TOTAL);
@@ -78,5 +82,8 @@ pub fn measured_peak(kernels: Kernels, pool: &Pool) -> MeasuredPeak {
         });
     });
     let flops = 2 * LANES * CHAINS * STEPS * num_items;
-    MeasuredPeak { gflops: flops as f64 / compute_s / 1e9, read_gbps: (READ_TOTAL * 4) as f64 / read_s / 1e9 }
+    MeasuredPeak {
+        gflops: flops as f64 / compute_s / 1e9,
+        read_gbps: (READ_TOTAL * 4) as f64 / read_s / 1e9,
+    }
 }

@@ -110,14 +110,19 @@ impl Shared {
                 let mut guard = lock(&self.sleep);
                 self.sleepers.fetch_add(1, SeqCst);
                 while !ready() {
-                    guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+                    guard = self
+                        .wake
+                        .wait(guard)
+                        .unwrap_or_else(PoisonError::into_inner);
                 }
                 self.sleepers.fetch_sub(1, SeqCst);
             }
             if self.stopping.load(SeqCst) {
                 return;
             }
-            let entered = self.state.fetch_update(SeqCst, SeqCst, |state| fresh(state).then(|| state + state::ONE_INSIDE));
+            let entered = self.state.fetch_update(SeqCst, SeqCst, |state| {
+                fresh(state).then(|| state + state::ONE_INSIDE)
+            });
             let Ok(before) = entered else { continue };
             seen = state::call(before);
             let body = *lock(&self.body);
@@ -141,7 +146,9 @@ struct InsideMark {
 
 impl InsideMark {
     fn set() -> Self {
-        Self { before: INSIDE.replace(true) }
+        Self {
+            before: INSIDE.replace(true),
+        }
     }
 }
 
@@ -174,7 +181,9 @@ pub struct Pool {
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool").field("threads", &self.threads).finish_non_exhaustive()
+        f.debug_struct("Pool")
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
     }
 }
 
@@ -200,7 +209,9 @@ impl Pool {
         let mut workers = Vec::with_capacity(wanted - 1);
         for worker in 1..wanted {
             let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new().name(format!("ingot-{worker}")).stack_size(STACK_BYTES);
+            let thread = std::thread::Builder::new()
+                .name(format!("ingot-{worker}"))
+                .stack_size(STACK_BYTES);
             match thread.spawn(move || shared.work(worker)) {
                 Ok(handle) => workers.push(handle),
                 Err(_) => break,
@@ -208,7 +219,15 @@ impl Pool {
         }
         let threads = workers.len() + 1;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        Self { shared, workers, threads, turn: Mutex::new(()), scratch, arenas: ArenaPool::new(), process: std::process::id() }
+        Self {
+            shared,
+            workers,
+            threads,
+            turn: Mutex::new(()),
+            scratch,
+            arenas: ArenaPool::new(),
+            process: std::process::id(),
+        }
     }
 
     /// Number of threads that run items, the caller's included.
@@ -248,7 +267,12 @@ impl Pool {
     ///
     /// # Panics
     /// As [`Pool::for_each`].
-    pub fn for_each_with_scratch<T: Send>(&self, items: Vec<T>, scratch_floats: usize, f: impl Fn(T, &mut [f32]) + Sync) {
+    pub fn for_each_with_scratch<T: Send>(
+        &self,
+        items: Vec<T>,
+        scratch_floats: usize,
+        f: impl Fn(T, &mut [f32]) + Sync,
+    ) {
         let alone = items.len() <= 1;
         let queue = Mutex::new(items.into_iter());
         self.run(alone, &|participant| {
@@ -271,7 +295,13 @@ impl Pool {
     ///
     /// # Panics
     /// As [`Pool::for_each`].
-    pub fn for_index(&self, alone: bool, count: usize, scratch_floats: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    pub fn for_index(
+        &self,
+        alone: bool,
+        count: usize,
+        scratch_floats: usize,
+        f: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
         let next = AtomicUsize::new(0);
         self.run(alone || count <= 1, &|participant| {
             self.with_scratch(participant, scratch_floats, |scratch| {
@@ -323,7 +353,13 @@ impl Pool {
         let erased: *const Body<'_> = &raw const caught;
         // SAFETY: only the lifetime changes. Workers dereference the pointer while counted inside an open call; `finish`
         // below closes the call and waits until none is, before `caught` and what it borrows go out of scope.
-        let erased = ErasedBody(unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(erased) });
+        #[allow(
+            clippy::transmute_ptr_to_ptr,
+            reason = "a cast cannot extend the lifetime"
+        )]
+        let erased = ErasedBody(unsafe {
+            std::mem::transmute::<*const Body<'_>, *const Body<'static>>(erased)
+        });
         self.open(erased);
         {
             let _mark = InsideMark::set();
@@ -361,7 +397,10 @@ impl Pool {
             let mut guard = lock(&shared.sleep);
             shared.caller_sleeps.store(true, SeqCst);
             while !empty() {
-                guard = shared.done.wait(guard).unwrap_or_else(PoisonError::into_inner);
+                guard = shared
+                    .done
+                    .wait(guard)
+                    .unwrap_or_else(PoisonError::into_inner);
             }
             shared.caller_sleeps.store(false, SeqCst);
         }

@@ -1,5 +1,9 @@
 //! The AVX2 micro-kernel: 4 x 24 chains in 12 registers, three vectors of B, one broadcast element of A.
 #![allow(unsafe_code)]
+#![allow(
+    clippy::wildcard_imports,
+    reason = "the intrinsics of one instruction set"
+)]
 
 use std::arch::x86_64::*;
 
@@ -54,7 +58,12 @@ impl Transpose for Transpose8 {
 /// # Safety
 /// A CPU with AVX; all these places are valid.
 #[inline(always)]
-pub(super) unsafe fn transpose_8x8(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+pub(super) unsafe fn transpose_8x8(
+    src: *const f32,
+    src_stride: usize,
+    dst: *mut f32,
+    dst_stride: usize,
+) {
     // SAFETY: the caller's.
     unsafe {
         for k in [0, 4] {
@@ -66,9 +75,18 @@ pub(super) unsafe fn transpose_8x8(src: *const f32, src_stride: usize, dst: *mut
             let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
             let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
             _mm256_storeu_ps(dst.add(k * dst_stride), _mm256_shuffle_ps::<0x44>(a, c));
-            _mm256_storeu_ps(dst.add((k + 1) * dst_stride), _mm256_shuffle_ps::<0xee>(a, c));
-            _mm256_storeu_ps(dst.add((k + 2) * dst_stride), _mm256_shuffle_ps::<0x44>(b, d));
-            _mm256_storeu_ps(dst.add((k + 3) * dst_stride), _mm256_shuffle_ps::<0xee>(b, d));
+            _mm256_storeu_ps(
+                dst.add((k + 1) * dst_stride),
+                _mm256_shuffle_ps::<0xee>(a, c),
+            );
+            _mm256_storeu_ps(
+                dst.add((k + 2) * dst_stride),
+                _mm256_shuffle_ps::<0x44>(b, d),
+            );
+            _mm256_storeu_ps(
+                dst.add((k + 3) * dst_stride),
+                _mm256_shuffle_ps::<0xee>(b, d),
+            );
         }
     }
 }
@@ -80,7 +98,13 @@ pub(super) unsafe fn transpose_8x8(src: *const f32, src_stride: usize, dst: *mut
 #[inline(always)]
 unsafe fn load(pointer: *const f32, n: usize) -> __m256 {
     // SAFETY: the caller's; masked lanes are not touched.
-    unsafe { if n == LANES { _mm256_loadu_ps(pointer) } else { _mm256_maskload_ps(pointer, mask(n)) } }
+    unsafe {
+        if n == LANES {
+            _mm256_loadu_ps(pointer)
+        } else {
+            _mm256_maskload_ps(pointer, mask(n))
+        }
+    }
 }
 
 /// Stores the first `n` (1..=8) lanes.
@@ -90,7 +114,13 @@ unsafe fn load(pointer: *const f32, n: usize) -> __m256 {
 #[inline(always)]
 unsafe fn store(pointer: *mut f32, n: usize, x: __m256) {
     // SAFETY: the caller's; masked lanes are not touched.
-    unsafe { if n == LANES { _mm256_storeu_ps(pointer, x) } else { _mm256_maskstore_ps(pointer, mask(n), x) } }
+    unsafe {
+        if n == LANES {
+            _mm256_storeu_ps(pointer, x);
+        } else {
+            _mm256_maskstore_ps(pointer, mask(n), x);
+        }
+    }
 }
 
 /// # Safety
@@ -98,7 +128,12 @@ unsafe fn store(pointer: *mut f32, n: usize, x: __m256) {
 #[inline(always)]
 unsafe fn mask(n: usize) -> __m256i {
     // SAFETY: the caller's.
-    unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
+    unsafe {
+        _mm256_cmpgt_epi32(
+            _mm256_set1_epi32(n as i32),
+            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+        )
+    }
 }
 
 /// `R` rows, `V` vectors of columns of which the last may be partial.
@@ -112,7 +147,10 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
         if !tile.partial.is_null() {
             for (r, acc) in acc.iter_mut().enumerate() {
                 for (v, acc) in acc.iter_mut().enumerate() {
-                    *acc = load(tile.partial.add(r * tile.partial_stride + v * LANES), lanes(v));
+                    *acc = load(
+                        tile.partial.add(r * tile.partial_stride + v * LANES),
+                        lanes(v),
+                    );
                 }
             }
         }
@@ -194,12 +232,24 @@ impl Isa for Avx2 {
         }
     }
 
-    unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+    unsafe fn transpose_a(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+    ) {
         // SAFETY: the caller's.
         unsafe { transpose_a(src, stride, width, depth, dst) }
     }
 
-    unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+    unsafe fn transpose_b(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+    ) {
         // SAFETY: the caller's.
         unsafe { transpose_b(src, stride, width, depth, dst) }
     }

@@ -1,5 +1,9 @@
 //! The AVX-512 micro-kernel: 8 x 48 chains in 24 registers, three vectors of B, one broadcast element of A.
 #![allow(unsafe_code)]
+#![allow(
+    clippy::wildcard_imports,
+    reason = "the intrinsics of one instruction set"
+)]
 
 use std::arch::x86_64::*;
 
@@ -42,16 +46,26 @@ impl Transpose for Transpose16 {
                 let gather = |i: usize| {
                     let row = |i: usize| _mm_loadu_ps(src.add(i * src_stride + k));
                     let low = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(row(i)), row(i + 4));
-                    let high = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(row(i + 8)), row(i + 12));
+                    let high =
+                        _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(row(i + 8)), row(i + 12));
                     _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
                 };
                 let (r0, r1, r2, r3) = (gather(0), gather(1), gather(2), gather(3));
                 let (a, b) = (_mm512_unpacklo_ps(r0, r1), _mm512_unpackhi_ps(r0, r1));
                 let (c, d) = (_mm512_unpacklo_ps(r2, r3), _mm512_unpackhi_ps(r2, r3));
                 _mm512_storeu_ps(dst.add(k * dst_stride), _mm512_shuffle_ps::<0x44>(a, c));
-                _mm512_storeu_ps(dst.add((k + 1) * dst_stride), _mm512_shuffle_ps::<0xee>(a, c));
-                _mm512_storeu_ps(dst.add((k + 2) * dst_stride), _mm512_shuffle_ps::<0x44>(b, d));
-                _mm512_storeu_ps(dst.add((k + 3) * dst_stride), _mm512_shuffle_ps::<0xee>(b, d));
+                _mm512_storeu_ps(
+                    dst.add((k + 1) * dst_stride),
+                    _mm512_shuffle_ps::<0xee>(a, c),
+                );
+                _mm512_storeu_ps(
+                    dst.add((k + 2) * dst_stride),
+                    _mm512_shuffle_ps::<0x44>(b, d),
+                );
+                _mm512_storeu_ps(
+                    dst.add((k + 3) * dst_stride),
+                    _mm512_shuffle_ps::<0xee>(b, d),
+                );
             }
         }
     }
@@ -68,7 +82,10 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
         if !tile.partial.is_null() {
             for (r, acc) in acc.iter_mut().enumerate() {
                 for (v, acc) in acc.iter_mut().enumerate() {
-                    *acc = _mm512_maskz_loadu_ps(mask(v), tile.partial.add(r * tile.partial_stride + v * LANES));
+                    *acc = _mm512_maskz_loadu_ps(
+                        mask(v),
+                        tile.partial.add(r * tile.partial_stride + v * LANES),
+                    );
                 }
             }
         }
@@ -154,12 +171,24 @@ impl Isa for Avx512 {
         }
     }
 
-    unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+    unsafe fn transpose_a(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+    ) {
         // SAFETY: the caller's.
         unsafe { transpose_a(src, stride, width, depth, dst) }
     }
 
-    unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+    unsafe fn transpose_b(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+    ) {
         // SAFETY: the caller's.
         unsafe { transpose_b(src, stride, width, depth, dst) }
     }

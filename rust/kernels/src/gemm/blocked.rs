@@ -56,8 +56,14 @@ pub(super) fn multiply<I: Isa>(pool: &Pool, size: Size, a: Operand, b: Operand, 
     let (resident, band) = (resident.next_multiple_of(LINE), band.next_multiple_of(LINE));
     let residents = plan.depths.min(2);
     let waiting = c.accumulate && plan.has_partials();
-    let matrix = if waiting && plan.depths > 1 { size.m * size.n } else { 0 };
-    let mut memory = pool.arenas().lease(resident * residents + band * plan.steps().min(2) + matrix);
+    let matrix = if waiting && plan.depths > 1 {
+        size.m * size.n
+    } else {
+        0
+    };
+    let mut memory = pool
+        .arenas()
+        .lease(resident * residents + band * plan.steps().min(2) + matrix);
     let start = Area(memory.as_mut_ptr());
     let bands = resident * residents;
     let work = Work {
@@ -70,44 +76,84 @@ pub(super) fn multiply<I: Isa>(pool: &Pool, size: Size, a: Operand, b: Operand, 
             (true, _) => Partials::Matrix(Area(start.at(bands + band * plan.steps().min(2)))),
         },
         resident: [start, Area(start.at(resident * (residents - 1)))],
-        bands: [Area(start.at(bands)), Area(start.at(bands + band * (plan.steps().min(2) - 1)))],
+        bands: [
+            Area(start.at(bands)),
+            Area(start.at(bands + band * (plan.steps().min(2) - 1))),
+        ],
     };
-    let scratch = if matches!(work.partials, Partials::Scratch) { plan.tile.0 * plan.tile.1 } else { 0 };
+    let scratch = if matches!(work.partials, Partials::Scratch) {
+        plan.tile.0 * plan.tile.1
+    } else {
+        0
+    };
     let alone = size.m * size.n * size.k.max(1) < ALONE_BELOW;
 
     // Stage s packs for step s and multiplies step s - 1. Multiplications come first: packing fills the gaps at the end.
     for stage in 0..=plan.steps() {
-        let tiles = if stage > 0 { work.num_tiles(stage - 1) } else { 0 };
-        let jobs = if stage < plan.steps() { work.pack_jobs::<I>(a, b, stage) } else { [None, None] };
-        let counts = jobs.each_ref().map(|job| job.as_ref().map_or(0, |(job, _)| job.count()));
-        pool.for_index(alone, tiles + counts[0] + counts[1], scratch, |index, scratch| {
-            if index < tiles {
-                // SAFETY: the packed operands of the step were written in the stage before, which has ended; tiles are
-                // disjoint; the CPU has the instructions, as the caller holds kernels of this level.
-                unsafe { work.tile::<I>(stage - 1, index, scratch) };
-                return;
-            }
-            let index = index - tiles;
-            let (job, index) = if index < counts[0] { (&jobs[0], index) } else { (&jobs[1], index - counts[0]) };
-            if let Some((job, dst)) = job {
-                // SAFETY: the part lies within the operand; the area has room for it, and no tile of this stage reads
-                // it: it is of the other parity than the areas of the step that is multiplied.
-                unsafe { job.run::<I>(index, dst.0) };
-            }
-        });
+        let tiles = if stage > 0 {
+            work.num_tiles(stage - 1)
+        } else {
+            0
+        };
+        let jobs = if stage < plan.steps() {
+            work.pack_jobs::<I>(a, b, stage)
+        } else {
+            [None, None]
+        };
+        let counts = jobs
+            .each_ref()
+            .map(|job| job.as_ref().map_or(0, |(job, _)| job.count()));
+        pool.for_index(
+            alone,
+            tiles + counts[0] + counts[1],
+            scratch,
+            |index, scratch| {
+                if index < tiles {
+                    // SAFETY: the packed operands of the step were written in the stage before, which has ended; tiles are
+                    // disjoint; the CPU has the instructions, as the caller holds kernels of this level.
+                    unsafe { work.tile::<I>(stage - 1, index, scratch) };
+                    return;
+                }
+                let index = index - tiles;
+                let (job, index) = if index < counts[0] {
+                    (&jobs[0], index)
+                } else {
+                    (&jobs[1], index - counts[0])
+                };
+                if let Some((job, dst)) = job {
+                    // SAFETY: the part lies within the operand; the area has room for it, and no tile of this stage reads
+                    // it: it is of the other parity than the areas of the step that is multiplied.
+                    unsafe { job.run::<I>(index, dst.0) };
+                }
+            },
+        );
     }
 }
 
 impl Work<'_> {
     /// The packing that a step needs: its band, and before the first band of a depth block the resident operand.
-    fn pack_jobs<'a, I: Isa>(&self, a: Operand<'a>, b: Operand<'a>, step: usize) -> [Option<(PackJob<'a>, Area)>; 2] {
+    fn pack_jobs<'a, I: Isa>(
+        &self,
+        a: Operand<'a>,
+        b: Operand<'a>,
+        step: usize,
+    ) -> [Option<(PackJob<'a>, Area)>; 2] {
         let (part_a, part_b) = self.plan.parts(step);
         let (resident, band) = match self.plan.resident {
-            Role::A => (PackJob::new::<I>(a, Role::A, part_a), PackJob::new::<I>(b, Role::B, part_b)),
-            Role::B => (PackJob::new::<I>(b, Role::B, part_b), PackJob::new::<I>(a, Role::A, part_a)),
+            Role::A => (
+                PackJob::new::<I>(a, Role::A, part_a),
+                PackJob::new::<I>(b, Role::B, part_b),
+            ),
+            Role::B => (
+                PackJob::new::<I>(b, Role::B, part_b),
+                PackJob::new::<I>(a, Role::A, part_a),
+            ),
         };
         let is_first = step.is_multiple_of(self.plan.bands);
-        [is_first.then_some((resident, self.resident_area(step))), Some((band, self.bands[step % 2]))]
+        [
+            is_first.then_some((resident, self.resident_area(step))),
+            Some((band, self.bands[step % 2])),
+        ]
     }
 
     fn resident_area(&self, step: usize) -> Area {
@@ -156,7 +202,9 @@ impl Work<'_> {
                     let out = self.c.pointer.wrapping_add(at);
                     let (partial, partial_stride) = match self.partials {
                         Partials::Output => (out, self.c.stride),
-                        Partials::Matrix(area) => (area.at(c_row * self.size.n + c_col), self.size.n),
+                        Partials::Matrix(area) => {
+                            (area.at(c_row * self.size.n + c_col), self.size.n)
+                        }
                         Partials::Scratch => {
                             let at = (row - rows.start) * tile_cols + (col - cols.start);
                             (scratch.as_mut_ptr().wrapping_add(at), tile_cols)
@@ -200,6 +248,9 @@ struct Range {
 
 impl Range {
     fn new(start: usize, len: usize, part: Part) -> Self {
-        Self { start, end: part.width.min(start + len) }
+        Self {
+            start,
+            end: part.width.min(start + len),
+        }
     }
 }

@@ -40,7 +40,13 @@ impl Kernels {
     /// # Panics
     /// If `out` does not have one element per column.
     pub fn column_sum(&self, pool: &Pool, a: Mat, out: &mut [f32], accumulate: bool) {
-        assert_eq!(a.num_cols(), out.len(), "column_sum: {} columns into {} sums", a.num_cols(), out.len());
+        assert_eq!(
+            a.num_cols(),
+            out.len(),
+            "column_sum: {} columns into {} sums",
+            a.num_cols(),
+            out.len()
+        );
         let alone = a.num_rows() * a.num_cols() < ALONE_BELOW;
         let kernels = *self;
         let sum_strip = |(i, out): (usize, &mut [f32])| {

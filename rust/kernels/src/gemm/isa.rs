@@ -31,12 +31,22 @@ unsafe impl Sync for Operand<'_> {}
 impl<'a> Operand<'a> {
     /// A matrix whose rows are outer indices.
     pub fn along_depth(m: Mat<'a>) -> Self {
-        Self { pointer: m.as_ptr(), stride: m.row_stride(), along: Along::Depth, life: PhantomData }
+        Self {
+            pointer: m.as_ptr(),
+            stride: m.row_stride(),
+            along: Along::Depth,
+            life: PhantomData,
+        }
     }
 
     /// A matrix whose rows are inner indices.
     pub fn along_width(m: Mat<'a>) -> Self {
-        Self { pointer: m.as_ptr(), stride: m.row_stride(), along: Along::Width, life: PhantomData }
+        Self {
+            pointer: m.as_ptr(),
+            stride: m.row_stride(),
+            along: Along::Width,
+            life: PhantomData,
+        }
     }
 
     /// Pointer to element (outer i, inner k).
@@ -120,11 +130,23 @@ pub(super) trait Isa {
     ///
     /// # Safety
     /// The CPU has the instructions; `src` is readable at these places and `dst` writable for `depth * MR` floats.
-    unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32);
+    unsafe fn transpose_a(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+    );
 
     /// As [`Isa::transpose_a`] for a panel of B, `NR` wide.
     ///
     /// # Safety
     /// As for [`Isa::transpose_a`].
-    unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32);
+    unsafe fn transpose_b(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+    );
 }

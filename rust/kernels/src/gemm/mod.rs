@@ -49,14 +49,38 @@ impl Kernels {
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn gemm_nt(&self, pool: &Pool, a: Mat, b: Mat, mut c: MatMut, bias: Option<&[f32]>, accumulate: bool) {
-        let size = Size { m: a.num_rows(), n: b.num_rows(), k: a.num_cols() };
+    pub fn gemm_nt(
+        &self,
+        pool: &Pool,
+        a: Mat,
+        b: Mat,
+        mut c: MatMut,
+        bias: Option<&[f32]>,
+        accumulate: bool,
+    ) {
+        let size = Size {
+            m: a.num_rows(),
+            n: b.num_rows(),
+            k: a.num_cols(),
+        };
         check("gemm_nt", size, b.num_cols(), &c);
         if let Some(bias) = bias {
-            assert_eq!(bias.len(), size.n, "gemm_nt: the bias has {} elements for {} columns", bias.len(), size.n);
+            assert_eq!(
+                bias.len(),
+                size.n,
+                "gemm_nt: the bias has {} elements for {} columns",
+                bias.len(),
+                size.n
+            );
         }
         let output = Output::new(&mut c, bias, accumulate);
-        self.multiply(pool, size, Operand::along_depth(a), Operand::along_depth(b), output);
+        self.multiply(
+            pool,
+            size,
+            Operand::along_depth(a),
+            Operand::along_depth(b),
+            output,
+        );
     }
 
     /// C = A B, with A `[M, K]`, B `[K, N]`, C `[M, N]`: the gradient with respect to a linear layer's input.
@@ -65,10 +89,20 @@ impl Kernels {
     /// # Panics
     /// If the shapes do not fit.
     pub fn gemm_nn(&self, pool: &Pool, a: Mat, b: Mat, mut c: MatMut, accumulate: bool) {
-        let size = Size { m: a.num_rows(), n: b.num_cols(), k: a.num_cols() };
+        let size = Size {
+            m: a.num_rows(),
+            n: b.num_cols(),
+            k: a.num_cols(),
+        };
         check("gemm_nn", size, b.num_rows(), &c);
         let output = Output::new(&mut c, None, accumulate);
-        self.multiply(pool, size, Operand::along_depth(a), Operand::along_width(b), output);
+        self.multiply(
+            pool,
+            size,
+            Operand::along_depth(a),
+            Operand::along_width(b),
+            output,
+        );
     }
 
     /// C = A^T B, with A `[K, M]`, B `[K, N]`, C `[M, N]`: the gradient with respect to a linear layer's weight, where K
@@ -77,13 +111,23 @@ impl Kernels {
     /// # Panics
     /// If the shapes do not fit.
     pub fn gemm_tn(&self, pool: &Pool, a: Mat, b: Mat, mut c: MatMut, accumulate: bool) {
-        let size = Size { m: a.num_cols(), n: b.num_cols(), k: a.num_rows() };
+        let size = Size {
+            m: a.num_cols(),
+            n: b.num_cols(),
+            k: a.num_rows(),
+        };
         check("gemm_tn", size, b.num_rows(), &c);
         let output = Output::new(&mut c, None, accumulate);
-        self.multiply(pool, size, Operand::along_width(a), Operand::along_width(b), output);
+        self.multiply(
+            pool,
+            size,
+            Operand::along_width(a),
+            Operand::along_width(b),
+            output,
+        );
     }
 
-    fn multiply(&self, pool: &Pool, size: Size, a: Operand, b: Operand, c: Output) {
+    fn multiply(self, pool: &Pool, size: Size, a: Operand, b: Operand, c: Output) {
         if size.m == 0 || size.n == 0 {
             return;
         }
@@ -109,7 +153,10 @@ fn multiply<I: Isa>(pool: &Pool, size: Size, a: Operand, b: Operand, c: Output) 
 
 fn check(name: &str, size: Size, depth_of_b: usize, c: &MatMut) {
     let Size { m, n, k } = size;
-    assert_eq!(k, depth_of_b, "{name}: the inner sizes of A ({k}) and B ({depth_of_b}) differ");
+    assert_eq!(
+        k, depth_of_b,
+        "{name}: the inner sizes of A ({k}) and B ({depth_of_b}) differ"
+    );
     assert!(
         c.num_rows() == m && c.num_cols() == n,
         "{name}: C is {} x {} instead of {m} x {n}",

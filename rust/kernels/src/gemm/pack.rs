@@ -93,12 +93,21 @@ impl<'a> PackJob<'a> {
         let (step, total) = match source.along {
             Along::Depth => {
                 let panel = role.panel_width::<I>();
-                (ITEM_ELEMENTS / (panel * part.depth).max(1), part.width.div_ceil(panel))
+                (
+                    ITEM_ELEMENTS / (panel * part.depth).max(1),
+                    part.width.div_ceil(panel),
+                )
             }
             Along::Width => (ITEM_ELEMENTS / part.width.max(1), part.depth),
         };
         let step = step.clamp(1, total.max(1));
-        Self { source, role, part, step, count: total.div_ceil(step) }
+        Self {
+            source,
+            role,
+            part,
+            step,
+            count: total.div_ceil(step),
+        }
     }
 
     /// Number of items.
@@ -112,7 +121,12 @@ impl<'a> PackJob<'a> {
     /// The CPU has the instructions of `I`; the part lies within the operand; `dst` is valid for all panels of the part,
     /// and no two threads run the same item.
     pub unsafe fn run<I: Isa>(&self, item: usize, dst: *mut f32) {
-        let Part { start, width, k, depth } = self.part;
+        let Part {
+            start,
+            width,
+            k,
+            depth,
+        } = self.part;
         let lanes = self.role.panel_width::<I>();
         match self.source.along {
             Along::Depth => {
@@ -142,11 +156,27 @@ impl<'a> PackJob<'a> {
                             if width - first >= lanes {
                                 // A constant length, so that it compiles to plain vector moves.
                                 match self.role {
-                                    Role::A => std::ptr::copy_nonoverlapping(source.add(first), dst, I::MR),
-                                    Role::B => std::ptr::copy_nonoverlapping(source.add(first), dst, I::NR),
+                                    Role::A => {
+                                        std::ptr::copy_nonoverlapping(
+                                            source.add(first),
+                                            dst,
+                                            I::MR,
+                                        );
+                                    }
+                                    Role::B => {
+                                        std::ptr::copy_nonoverlapping(
+                                            source.add(first),
+                                            dst,
+                                            I::NR,
+                                        );
+                                    }
                                 }
                             } else {
-                                std::ptr::copy_nonoverlapping(source.add(first), dst, width - first);
+                                std::ptr::copy_nonoverlapping(
+                                    source.add(first),
+                                    dst,
+                                    width - first,
+                                );
                             }
                         }
                     }

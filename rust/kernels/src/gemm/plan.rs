@@ -24,7 +24,9 @@ const TILES: usize = 48;
 /// The largest length not above `limit` (at least 1) that cuts `len` into equal blocks, rounded up to `multiple`.
 fn even(len: usize, limit: usize, multiple: usize) -> usize {
     let blocks = len.div_ceil(limit.max(1)).max(1);
-    len.div_ceil(blocks).next_multiple_of(multiple).max(multiple)
+    len.div_ceil(blocks)
+        .next_multiple_of(multiple)
+        .max(multiple)
 }
 
 /// The cuts of one product.
@@ -51,16 +53,37 @@ pub(super) struct Plan {
 impl Plan {
     pub fn new<I: Isa>(size: Size, a: Operand, b: Operand) -> Self {
         let Size { m, n, k } = size;
-        let (resident, narrow, wide) = if m < n { (Role::A, m, n) } else { (Role::B, n, m) };
+        let (resident, narrow, wide) = if m < n {
+            (Role::A, m, n)
+        } else {
+            (Role::B, n, m)
+        };
         // Operands along width are read row by row: better whole rows of a short depth block than strips of a long one.
-        let width_at_once = if a.along == Along::Width && b.along == Along::Width { m + n } else { narrow };
-        let depth = even(k, (RESIDENT_FLOATS / width_at_once).clamp(DEPTH.0, DEPTH.1), 1);
-        let (mut rows, mut cols) = (TILE.0.next_multiple_of(I::MR), TILE.1.next_multiple_of(I::NR));
+        let width_at_once = if a.along == Along::Width && b.along == Along::Width {
+            m + n
+        } else {
+            narrow
+        };
+        let depth = even(
+            k,
+            (RESIDENT_FLOATS / width_at_once).clamp(DEPTH.0, DEPTH.1),
+            1,
+        );
+        let (mut rows, mut cols) = (
+            TILE.0.next_multiple_of(I::MR),
+            TILE.1.next_multiple_of(I::NR),
+        );
         let bound = if resident == Role::A { cols } else { rows };
         let band = even(wide, (BAND_FLOATS / depth).max(bound), bound);
-        let (band_m, band_n) = if resident == Role::A { (m, band.min(n)) } else { (band.min(m), n) };
+        let (band_m, band_n) = if resident == Role::A {
+            (m, band.min(n))
+        } else {
+            (band.min(m), n)
+        };
         let halve = |len: usize, step: usize| (len / 2).next_multiple_of(step);
-        while band_m.div_ceil(rows) * band_n.div_ceil(cols) < TILES && (rows > I::MR.max(24) || cols > I::NR.max(48)) {
+        while band_m.div_ceil(rows) * band_n.div_ceil(cols) < TILES
+            && (rows > I::MR.max(24) || cols > I::NR.max(48))
+        {
             if rows * 2 > cols && rows > I::MR.max(24) || cols <= I::NR.max(48) {
                 rows = halve(rows, I::MR);
             } else {
@@ -96,8 +119,18 @@ impl Plan {
     pub fn parts(&self, step: usize) -> (Part, Part) {
         let (k, depth) = self.depth_block(step / self.bands);
         let start = step % self.bands * self.band;
-        let whole = |width| Part { start: 0, width, k, depth };
-        let band = |width: usize| Part { start, width: self.band.min(width - start), k, depth };
+        let whole = |width| Part {
+            start: 0,
+            width,
+            k,
+            depth,
+        };
+        let band = |width: usize| Part {
+            start,
+            width: self.band.min(width - start),
+            k,
+            depth,
+        };
         match self.resident {
             Role::A => (whole(self.size.m), band(self.size.n)),
             Role::B => (band(self.size.m), whole(self.size.n)),

@@ -20,9 +20,12 @@ impl Transpose for Transpose4 {
     unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // SAFETY: the caller's: a block of 4 x 4 on both sides.
         unsafe {
-            let rows: [[f32; 4]; 4] = std::array::from_fn(|i| src.add(i * src_stride).cast::<[f32; 4]>().read());
+            let rows: [[f32; 4]; 4] =
+                std::array::from_fn(|i| src.add(i * src_stride).cast::<[f32; 4]>().read());
             for k in 0..4 {
-                dst.add(k * dst_stride).cast::<[f32; 4]>().write(rows.map(|row| row[k]));
+                dst.add(k * dst_stride)
+                    .cast::<[f32; 4]>()
+                    .write(rows.map(|row| row[k]));
             }
         }
     }
@@ -53,8 +56,16 @@ unsafe fn kernel<const R: usize>(tile: &Tile) {
         for (r, acc) in acc.iter().enumerate() {
             let out = tile.out.add(r * tile.out_stride);
             for (j, &chain) in acc.iter().enumerate().take(cols) {
-                let value = if tile.bias.is_null() { chain } else { chain + *tile.bias.add(j) };
-                *out.add(j) = if tile.accumulate { *out.add(j) + value } else { value };
+                let value = if tile.bias.is_null() {
+                    chain
+                } else {
+                    chain + *tile.bias.add(j)
+                };
+                *out.add(j) = if tile.accumulate {
+                    *out.add(j) + value
+                } else {
+                    value
+                };
             }
         }
     }
@@ -77,12 +88,24 @@ impl Isa for Portable {
         }
     }
 
-    unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+    unsafe fn transpose_a(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+    ) {
         // SAFETY: the caller's.
         unsafe { pack::transpose::<Transpose4, MR>(src, stride, width, depth, dst) }
     }
 
-    unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
+    unsafe fn transpose_b(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+    ) {
         // SAFETY: the caller's.
         unsafe { pack::transpose::<Transpose4, NR>(src, stride, width, depth, dst) }
     }

@@ -32,47 +32,62 @@ pub(super) fn multiply<I: Isa>(pool: &Pool, size: Size, a: Operand, b: Operand, 
     // Narrow strips where there are too few wide ones to share out.
     let strip = if n >= 16 * I::NR { I::NR } else { I::LANES };
     let panel = I::NR * CHUNK.min(k.max(1));
-    let partials = if c.accumulate && k > CHUNK { m * I::NR } else { 0 };
+    let partials = if c.accumulate && k > CHUNK {
+        m * I::NR
+    } else {
+        0
+    };
     let alone = m * n * k.max(1) < ALONE_BELOW;
     // Whole capture: its fields alone are pointers, which threads may not share.
     let (b, c) = (&b, &c);
-    pool.for_index(alone, n.div_ceil(strip), panel + partials, |index, scratch| {
-        let col = index * strip;
-        let cols = strip.min(n - col);
-        let (panel, partials) = scratch.split_at_mut(panel);
-        let mut from = 0;
-        loop {
-            let depth = CHUNK.min(k - from);
-            let (starts, ends) = (from == 0, from + depth == k);
-            // SAFETY: rows col..col + cols of B; the panel has room for the chunk.
-            unsafe { I::transpose_b(b.at(col, from), b.stride, cols, depth, panel.as_mut_ptr()) };
-            for row in (0..m).step_by(I::MR) {
-                let out = c.pointer.wrapping_add(row * c.stride + col);
-                let (partial, partial_stride) = if partials.is_empty() {
-                    (out, c.stride)
-                } else {
-                    (partials.as_mut_ptr().wrapping_add(row * I::NR), I::NR)
+    pool.for_index(
+        alone,
+        n.div_ceil(strip),
+        panel + partials,
+        |index, scratch| {
+            let col = index * strip;
+            let cols = strip.min(n - col);
+            let (panel, partials) = scratch.split_at_mut(panel);
+            let mut from = 0;
+            loop {
+                let depth = CHUNK.min(k - from);
+                let (starts, ends) = (from == 0, from + depth == k);
+                // SAFETY: rows col..col + cols of B; the panel has room for the chunk.
+                unsafe {
+                    I::transpose_b(b.at(col, from), b.stride, cols, depth, panel.as_mut_ptr());
                 };
-                let tile = Tile {
-                    depth,
-                    a: packed_a.as_ptr().wrapping_add(row * k + from * I::MR),
-                    b: panel.as_ptr(),
-                    cols,
-                    partial: if starts { std::ptr::null() } else { partial },
-                    partial_stride,
-                    out: if ends { out } else { partial },
-                    out_stride: if ends { c.stride } else { partial_stride },
-                    bias: if ends && !c.bias.is_null() { c.bias.wrapping_add(col) } else { std::ptr::null() },
-                    accumulate: ends && c.accumulate,
-                };
-                // SAFETY: both panels hold `depth` steps; the tile lies within C, or its chains within the scratch; no
-                // other item has these columns.
-                unsafe { I::tile(I::MR.min(m - row), &tile) };
+                for row in (0..m).step_by(I::MR) {
+                    let out = c.pointer.wrapping_add(row * c.stride + col);
+                    let (partial, partial_stride) = if partials.is_empty() {
+                        (out, c.stride)
+                    } else {
+                        (partials.as_mut_ptr().wrapping_add(row * I::NR), I::NR)
+                    };
+                    let tile = Tile {
+                        depth,
+                        a: packed_a.as_ptr().wrapping_add(row * k + from * I::MR),
+                        b: panel.as_ptr(),
+                        cols,
+                        partial: if starts { std::ptr::null() } else { partial },
+                        partial_stride,
+                        out: if ends { out } else { partial },
+                        out_stride: if ends { c.stride } else { partial_stride },
+                        bias: if ends && !c.bias.is_null() {
+                            c.bias.wrapping_add(col)
+                        } else {
+                            std::ptr::null()
+                        },
+                        accumulate: ends && c.accumulate,
+                    };
+                    // SAFETY: both panels hold `depth` steps; the tile lies within C, or its chains within the scratch; no
+                    // other item has these columns.
+                    unsafe { I::tile(I::MR.min(m - row), &tile) };
+                }
+                from += depth;
+                if from >= k {
+                    break;
+                }
             }
-            from += depth;
-            if from >= k {
-                break;
-            }
-        }
-    });
+        },
+    );
 }
