@@ -1,17 +1,18 @@
 //! The tokenizer as Python sees it. Text crosses without a copy, ids leave as numpy arrays that take over the memory.
 
-use std::io;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use ingot_tokenizer::{
     FileKind, Pattern, PieceCounter, SpecialPolicy, Specials, Tick, Tokenizer, TokenizerError, TrainOptions, Vocabulary, train,
 };
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
-use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString};
+
+use crate::enter::{enter, lock};
 
 /// `str` or `bytes`, kept alive while its memory is read.
 #[derive(FromPyObject)]
@@ -33,40 +34,27 @@ impl Text<'_> {
     }
 }
 
-/// The Python exception for an error of the tokenizer.
-fn to_python(error: &TokenizerError) -> PyErr {
-    match error {
-        TokenizerError::Io { path, source } => os_error(source, path.clone()),
-        TokenizerError::Interrupted => PyKeyboardInterrupt::new_err(()),
-        other => PyValueError::new_err(other.to_string()),
-    }
-}
-
-/// `OSError` with number and file name: Python makes `FileNotFoundError` and its like of it.
-fn os_error(source: &io::Error, path: PathBuf) -> PyErr {
-    match source.raw_os_error() {
-        Some(number) => {
-            let text = source.to_string();
-            let reason = text.split(" (os error").next().unwrap_or_default().to_owned();
-            PyOSError::new_err((number, reason, path.into_os_string()))
-        }
-        None => PyOSError::new_err(format!("{}: {source}", path.display())),
-    }
-}
-
-/// Release the GIL, run, and map the error. `work` gets a tick that lets Python handle Ctrl-C now and then.
-fn run<T: Send>(py: Python<'_>, work: impl FnOnce(&mut Tick<'_>) -> Result<T, TokenizerError> + Send) -> PyResult<T> {
+/// [`enter`] for work that takes long: it gets a tick through which Python handles Ctrl-C now and then.
+fn run<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&mut Tick<'_>) -> Result<T, TokenizerError> + Send,
+) -> PyResult<T> {
     let mut raised = None;
-    let result = py.detach(|| {
-        work(&mut || match Python::attach(|py| py.check_signals()) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                raised = Some(error);
-                ControlFlow::Break(())
-            }
-        })
+    let result = enter(py, || {
+        work(&mut || keep(Python::attach(|py| py.check_signals()), &mut raised))
     });
-    result.map_err(|error| raised.unwrap_or_else(|| to_python(&error)))
+    raised.map_or(result, Err)
+}
+
+/// Go on, unless Python raised something: keep that and stop.
+fn keep(answer: PyResult<()>, raised: &mut Option<PyErr>) -> ControlFlow<()> {
+    match answer {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(error) => {
+            *raised = Some(error);
+            ControlFlow::Break(())
+        }
+    }
 }
 
 /// Threads to use: all that affinity and the container allow, unless a number is given.
@@ -174,9 +162,8 @@ impl NativeTokenizer {
     }
 
     #[staticmethod]
-    fn bytes_only(pattern: &str) -> PyResult<Self> {
-        let pattern = Pattern::parse(pattern).map_err(|error| to_python(&error))?;
-        Ok(Self::new(Tokenizer::new(Vocabulary::bytes_only(pattern))))
+    fn bytes_only(py: Python<'_>, pattern: &str) -> PyResult<Self> {
+        run(py, |_| Ok(Tokenizer::new(Vocabulary::bytes_only(Pattern::parse(pattern)?)))).map(Self::new)
     }
 
     fn contents<'py>(&self, py: Python<'py>) -> PyResult<(&'static str, Bound<'py, PyBytes>)> {
@@ -286,11 +273,12 @@ impl NativeTokenizer {
     /// The pieces that text is cut into before merging, as byte offsets where each starts, and the end: [pieces + 1].
     fn piece_offsets<'py>(&self, py: Python<'py>, text: Text<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let text = text.as_bytes()?;
-        let mut offsets = vec![0];
-        py.detach(|| {
+        let offsets = run(py, |_| {
+            let mut offsets = vec![0];
             let pattern = self.inner.vocabulary().pattern();
             pattern.for_each_piece(text, |_, end| offsets.push(end as i64));
-        });
+            Ok(offsets)
+        })?;
         Ok(offsets.into_pyarray(py))
     }
 }
@@ -301,14 +289,21 @@ pub struct NativeTrainer {
     counter: Mutex<Option<PieceCounter>>,
 }
 
+/// What a trainer is called in errors.
+const TRAINER: &str = "tokenizer trainer";
+
+fn used_up() -> PyErr {
+    PyRuntimeError::new_err("this tokenizer trainer has learned its vocabulary: make a new one")
+}
+
 impl NativeTrainer {
     fn count(
         &self,
         py: Python<'_>,
         add: impl FnOnce(&mut PieceCounter, &mut Tick<'_>) -> Result<(), TokenizerError> + Send,
     ) -> PyResult<u64> {
-        let mut counter = self.counter.try_lock().map_err(|_| PyRuntimeError::new_err("this trainer is in use by another thread"))?;
-        let counter = counter.as_mut().ok_or_else(|| PyRuntimeError::new_err("this trainer has been used up by train"))?;
+        let mut counter = lock(&self.counter, TRAINER).map_err(|error| error.into_python(py))?;
+        let counter = counter.as_mut().ok_or_else(used_up)?;
         run(py, |tick| add(counter, tick))?;
         Ok(counter.num_bytes())
     }
@@ -318,8 +313,8 @@ impl NativeTrainer {
 impl NativeTrainer {
     #[new]
     #[pyo3(signature = (pattern, threads))]
-    fn new(pattern: &str, threads: Option<usize>) -> PyResult<Self> {
-        let pattern = Pattern::parse(pattern).map_err(|error| to_python(&error))?;
+    fn new(py: Python<'_>, pattern: &str, threads: Option<usize>) -> PyResult<Self> {
+        let pattern = run(py, |_| Pattern::parse(pattern))?;
         Ok(Self {
             counter: Mutex::new(Some(PieceCounter::new(pattern, thread_count(threads)?))),
         })
@@ -346,30 +341,24 @@ impl NativeTrainer {
         min_frequency: u64,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<NativeTokenizer> {
-        let counter = self.counter.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let counter = counter.ok_or_else(|| PyRuntimeError::new_err("this trainer has been used up by train"))?;
+        let counter = lock(&self.counter, TRAINER).map_err(|error| error.into_python(py))?.take();
+        let counter = counter.ok_or_else(used_up)?;
         let options = TrainOptions {
             vocab_size,
             special_tokens,
             min_frequency,
         };
         let mut raised = None;
-        let result = py.detach(|| {
+        let result = enter(py, || {
             train(counter, &options, &mut |done, wanted| {
                 let answer = Python::attach(|py| {
                     py.check_signals()?;
                     progress.as_ref().map_or(Ok(()), |call| call.call1(py, (done, wanted)).map(drop))
                 });
-                match answer {
-                    Ok(()) => ControlFlow::Continue(()),
-                    Err(error) => {
-                        raised = Some(error);
-                        ControlFlow::Break(())
-                    }
-                }
+                keep(answer, &mut raised)
             })
         });
-        let vocabulary = result.map_err(|error| raised.unwrap_or_else(|| to_python(&error)))?;
+        let vocabulary = raised.map_or(result, Err)?;
         Ok(NativeTokenizer::new(Tokenizer::new(vocabulary)))
     }
 }
