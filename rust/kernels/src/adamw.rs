@@ -101,10 +101,21 @@ fn power(base: f64, exponent: f64) -> f64 {
 
 /// One vector: returns (parameter, m, v).
 #[inline(always)]
-fn update_vector<S: Simd>(s: S, c: Coefficients, p: S::F, g: S::F, m: S::F, v: S::F) -> (S::F, S::F, S::F) {
+fn update_vector<S: Simd>(
+    s: S,
+    c: Coefficients,
+    p: S::F,
+    g: S::F,
+    m: S::F,
+    v: S::F,
+) -> (S::F, S::F, S::F) {
     let g = s.mul(g, s.splat(c.gradient_scale));
     let m = s.fma(s.splat(c.beta1), m, s.mul(s.splat(c.one_minus_beta1), g));
-    let v = s.fma(s.splat(c.beta2), v, s.mul(s.mul(s.splat(c.one_minus_beta2), g), g));
+    let v = s.fma(
+        s.splat(c.beta2),
+        v,
+        s.mul(s.mul(s.splat(c.one_minus_beta2), g), g),
+    );
     let denominator = s.fma(s.sqrt(v), s.splat(c.root_scale), s.splat(c.eps));
     let step = s.div(s.mul(s.splat(c.step_size), m), denominator);
     (s.sub(s.mul(p, s.splat(c.keep)), step), m, v)
@@ -131,7 +142,14 @@ fn update<S: Simd>(
     }
     if !p_tail.is_empty() {
         let (old_p, g) = (s.load_partial(p_tail), s.load_partial(g_tail));
-        let (new_p, new_m, new_v) = update_vector(s, c, old_p, g, s.load_partial(m_tail), s.load_partial(v_tail));
+        let (new_p, new_m, new_v) = update_vector(
+            s,
+            c,
+            old_p,
+            g,
+            s.load_partial(m_tail),
+            s.load_partial(v_tail),
+        );
         s.store_partial(new_p, p_tail);
         s.store_partial(new_m, m_tail);
         s.store_partial(new_v, v_tail);
@@ -176,13 +194,19 @@ impl Kernels {
         settings: &AdamSettings,
     ) {
         let n = parameters.len();
-        assert!(gradients.len() == n && m.len() == n && v.len() == n, "adamw: buffers differ in length");
+        assert!(
+            gradients.len() == n && m.len() == n && v.len() == n,
+            "adamw: buffers differ in length"
+        );
         let mut items = Vec::new();
         let mut rest = (parameters, gradients, m, v);
         let mut position = 0;
         for group in groups {
             let Range { start, end } = group.range;
-            assert!(position <= start && start <= end && end <= n, "adamw: group {start}..{end} does not fit");
+            assert!(
+                position <= start && start <= end && end <= n,
+                "adamw: group {start}..{end} does not fit"
+            );
             let coefficients = Coefficients::new(settings, group);
             let (_, p) = rest.0.split_at_mut(start - position);
             let (_, g) = rest.1.split_at(start - position);
@@ -192,7 +216,11 @@ impl Kernels {
             let (g, g_rest) = g.split_at(end - start);
             let (m, m_rest) = m.split_at_mut(end - start);
             let (v, v_rest) = v.split_at_mut(end - start);
-            let chunks = p.chunks_mut(ITEM).zip(g.chunks(ITEM)).zip(m.chunks_mut(ITEM)).zip(v.chunks_mut(ITEM));
+            let chunks = p
+                .chunks_mut(ITEM)
+                .zip(g.chunks(ITEM))
+                .zip(m.chunks_mut(ITEM))
+                .zip(v.chunks_mut(ITEM));
             items.extend(chunks.map(|(((p, g), m), v)| (coefficients, p, g, m, v)));
             rest = (p_rest, g_rest, m_rest, v_rest);
             position = end;
@@ -211,6 +239,7 @@ impl Kernels {
         pool.for_each(items, |(x, sum)| {
             *sum = dispatch!(kernels, square_sum(x: &[f32]) -> f64);
         });
-        partial.iter().sum()
+        // From +0: the sum of an empty iterator of floats is -0.
+        partial.iter().fold(0.0, |sum, part| sum + part)
     }
 }

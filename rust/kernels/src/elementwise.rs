@@ -85,7 +85,10 @@ fn map_two<S: Simd, T: Binary>(s: S, f: T, a: &[f32], b: &[f32], out: &mut [f32]
         s.store(f.apply(s, s.load(a), s.load(b)), out);
     }
     if !a_tail.is_empty() {
-        s.store_partial(f.apply(s, s.load_partial(a_tail), s.load_partial(b_tail)), out_tail);
+        s.store_partial(
+            f.apply(s, s.load_partial(a_tail), s.load_partial(b_tail)),
+            out_tail,
+        );
     }
 }
 
@@ -98,7 +101,10 @@ fn combine<S: Simd, T: Binary>(s: S, f: T, y: &mut [f32], x: &[f32]) {
         s.store(f.apply(s, s.load(y), s.load(x)), y);
     }
     if !x_tail.is_empty() {
-        s.store_partial(f.apply(s, s.load_partial(y_tail), s.load_partial(x_tail)), y_tail);
+        s.store_partial(
+            f.apply(s, s.load_partial(y_tail), s.load_partial(x_tail)),
+            y_tail,
+        );
     }
 }
 
@@ -211,7 +217,10 @@ impl Binary for Gelu {
     #[inline(always)]
     fn apply<S: Simd>(self, s: S, x: S::F, d_out: S::F) -> S::F {
         let x = clamp_saturated(s, x);
-        let density = s.mul(s.splat(NORMAL_PEAK), exp(s, s.mul(s.mul(s.splat(-0.5), x), x)));
+        let density = s.mul(
+            s.splat(NORMAL_PEAK),
+            exp(s, s.mul(s.mul(s.splat(-0.5), x), x)),
+        );
         s.mul(d_out, s.fma(x, density, normal_cdf(s, x)))
     }
 }
@@ -335,19 +344,32 @@ fn swiglu_gradient<S: Simd>(s: S, gate: S::F, up: S::F, d_out: S::F) -> (S::F, S
 }
 
 #[inline(always)]
-fn swiglu_backward<S: Simd>(s: S, gate: &[f32], up: &[f32], d_out: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
+fn swiglu_backward<S: Simd>(
+    s: S,
+    gate: &[f32],
+    up: &[f32],
+    d_out: &[f32],
+    d_gate: &mut [f32],
+    d_up: &mut [f32],
+) {
     let (gate, gate_tail) = gate.as_chunks::<LANES>();
     let (up, up_tail) = up.as_chunks::<LANES>();
     let (d_out, d_out_tail) = d_out.as_chunks::<LANES>();
     let (d_gate, d_gate_tail) = d_gate.as_chunks_mut::<LANES>();
     let (d_up, d_up_tail) = d_up.as_chunks_mut::<LANES>();
-    for ((((gate, up), d_out), d_gate), d_up) in gate.iter().zip(up).zip(d_out).zip(d_gate).zip(d_up) {
+    for ((((gate, up), d_out), d_gate), d_up) in
+        gate.iter().zip(up).zip(d_out).zip(d_gate).zip(d_up)
+    {
         let (g, u) = swiglu_gradient(s, s.load(gate), s.load(up), s.load(d_out));
         s.store(g, d_gate);
         s.store(u, d_up);
     }
     if !gate_tail.is_empty() {
-        let (gate, up, d_out) = (s.load_partial(gate_tail), s.load_partial(up_tail), s.load_partial(d_out_tail));
+        let (gate, up, d_out) = (
+            s.load_partial(gate_tail),
+            s.load_partial(up_tail),
+            s.load_partial(d_out_tail),
+        );
         let (g, u) = swiglu_gradient(s, gate, up, d_out);
         s.store_partial(g, d_gate_tail);
         s.store_partial(u, d_up_tail);
@@ -364,7 +386,10 @@ impl Kernels {
 
     /// out = a + b.
     pub fn add(&self, a: &[f32], b: &[f32], out: &mut [f32]) {
-        assert!(a.len() == out.len() && b.len() == out.len(), "add: lengths differ");
+        assert!(
+            a.len() == out.len() && b.len() == out.len(),
+            "add: lengths differ"
+        );
         dispatch!(*self, add(a: &[f32], b: &[f32], out: &mut [f32]));
     }
 
@@ -398,18 +423,31 @@ impl Kernels {
 
     /// `d_x` = `d_out` * f'(x), elementwise; `d_x` is overwritten. The derivative of relu at 0 is 0.
     pub fn activation_backward(&self, kind: Activation, x: &[f32], d_out: &[f32], d_x: &mut [f32]) {
-        assert!(x.len() == d_x.len() && d_out.len() == d_x.len(), "activation_backward: lengths differ");
+        assert!(
+            x.len() == d_x.len() && d_out.len() == d_x.len(),
+            "activation_backward: lengths differ"
+        );
         dispatch!(*self, activation_backward(kind: Activation, x: &[f32], d_out: &[f32], d_x: &mut [f32]));
     }
 
     /// out = silu(gate) * up with silu(g) = g sigmoid(g) (Shazeer 2020, "GLU variants improve transformer").
     pub fn swiglu_forward(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        assert!(gate.len() == out.len() && up.len() == out.len(), "swiglu_forward: lengths differ");
+        assert!(
+            gate.len() == out.len() && up.len() == out.len(),
+            "swiglu_forward: lengths differ"
+        );
         dispatch!(*self, swiglu_forward(gate: &[f32], up: &[f32], out: &mut [f32]));
     }
 
     /// Gradients of [`Kernels::swiglu_forward`] with respect to gate and up; both are overwritten.
-    pub fn swiglu_backward(&self, gate: &[f32], up: &[f32], d_out: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
+    pub fn swiglu_backward(
+        &self,
+        gate: &[f32],
+        up: &[f32],
+        d_out: &[f32],
+        d_gate: &mut [f32],
+        d_up: &mut [f32],
+    ) {
         let n = gate.len();
         assert!(
             up.len() == n && d_out.len() == n && d_gate.len() == n && d_up.len() == n,

@@ -47,7 +47,10 @@ fn scale_and_largest<S: Simd>(s: S, row: &mut [f32], factor: f32) -> f32 {
     let (pairs, rest) = row.as_chunks_mut::<{ 2 * LANES }>();
     for pair in pairs {
         let (chunks, _) = pair.as_chunks_mut::<LANES>();
-        let (a, b) = (s.mul(s.load(&chunks[0]), factor), s.mul(s.load(&chunks[1]), factor));
+        let (a, b) = (
+            s.mul(s.load(&chunks[0]), factor),
+            s.mul(s.load(&chunks[1]), factor),
+        );
         s.store(a, &mut chunks[0]);
         s.store(b, &mut chunks[1]);
         first = s.max(first, a);
@@ -78,7 +81,12 @@ impl Reduction<1, 4> for SoftmaxSums {
         let exponential = exp(s, d);
         let d = s.select(banned, s.zero(), d);
         let one = s.select(banned, s.zero(), s.splat(1.0));
-        [s.add(e, exponential), s.fma(exponential, d, product), s.add(sum, d), s.add(count, one)]
+        [
+            s.add(e, exponential),
+            s.fma(exponential, d, product),
+            s.add(sum, d),
+            s.add(count, one),
+        ]
     }
 }
 
@@ -94,11 +102,22 @@ impl Reduction<1, 1> for Allowed {
 }
 
 #[inline(always)]
-fn statistics<S: Simd>(s: S, logits: &mut [f32], inverse_temperature: f32, target: usize) -> RowStatistics {
+fn statistics<S: Simd>(
+    s: S,
+    logits: &mut [f32],
+    inverse_temperature: f32,
+    target: usize,
+) -> RowStatistics {
     let largest = scale_and_largest(s, logits, inverse_temperature);
     if largest == f32::NEG_INFINITY {
         let lse = f32::NEG_INFINITY;
-        return RowStatistics { lse, logprob: lse, entropy: 0.0, zbar: 0.0, top1: false };
+        return RowStatistics {
+            lse,
+            logprob: lse,
+            entropy: 0.0,
+            zbar: 0.0,
+            top1: false,
+        };
     }
     let [sum, product, total, count] = reduce(s, SoftmaxSums(largest), [&*logits]).map(f64::from);
     let log_sum = log_f64(sum);
@@ -133,7 +152,11 @@ struct RowCoefficients {
 fn gradient_vector<S: Simd>(s: S, row: RowCoefficients, x: S::F) -> S::F {
     let log_p = s.sub(x, s.splat(row.lse));
     let p = exp(s, log_p);
-    let factor = s.fma(s.splat(row.entropic), s.add(log_p, s.splat(row.entropy)), s.splat(row.linear));
+    let factor = s.fma(
+        s.splat(row.entropic),
+        s.add(log_p, s.splat(row.entropy)),
+        s.splat(row.linear),
+    );
     let gradient = s.fma(p, factor, s.splat(row.uniform));
     s.select(s.equal(x, s.splat(f32::NEG_INFINITY)), s.zero(), gradient)
 }
@@ -180,8 +203,17 @@ impl Kernels {
     ///
     /// # Panics
     /// If `target` is not an index of the row.
-    pub fn head_row_statistics(&self, logits: &mut [f32], inverse_temperature: f32, target: usize) -> RowStatistics {
-        assert!(target < logits.len(), "target {target} is not below the row's length {}", logits.len());
+    pub fn head_row_statistics(
+        &self,
+        logits: &mut [f32],
+        inverse_temperature: f32,
+        target: usize,
+    ) -> RowStatistics {
+        assert!(
+            target < logits.len(),
+            "target {target} is not below the row's length {}",
+            logits.len()
+        );
         dispatch!(
             *self,
             statistics(logits: &mut [f32], inverse_temperature: f32, target: usize) -> RowStatistics
@@ -203,7 +235,11 @@ impl Kernels {
         d: RowGradients,
         inverse_temperature: f32,
     ) {
-        assert!(target < logits.len(), "target {target} is not below the row's length {}", logits.len());
+        assert!(
+            target < logits.len(),
+            "target {target} is not below the row's length {}",
+            logits.len()
+        );
         dispatch!(
             *self,
             gradient(

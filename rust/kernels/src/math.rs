@@ -10,18 +10,38 @@ pub(crate) const LN_2_HIGH: f32 = 355.0 / 512.0;
 pub(crate) const LN_2_LOW: f32 = -2.121_944_4e-4;
 
 /// (e^r - 1 - r) / r^2 on |r| <= ln(2)/2, lowest power first.
-pub(crate) const EXP: [f32; 5] = [0.499_999_94, 0.166_665_21, 0.041_668_39, 0.008_368_745, 0.001_381_454];
+pub(crate) const EXP: [f32; 5] = [
+    0.499_999_94,
+    0.166_665_21,
+    0.041_668_39,
+    0.008_368_745,
+    0.001_381_454,
+];
 /// Above this the result is infinite, below the second it is zero; clamping keeps the exponent arithmetic in range.
 pub(crate) const EXP_RANGE: (f32, f32) = (-104.0, 89.0);
 
 /// (tanh x - x) / x^3 in x^2, for |x| < 0.625.
-pub(crate) const TANH: [f32; 6] = [-0.333_333_3, 0.133_332_06, -0.053_946_763, 0.021_700_703, -0.008_177_399, 0.002_142_961_8];
+pub(crate) const TANH: [f32; 6] = [
+    -0.333_333_3,
+    0.133_332_06,
+    -0.053_946_763,
+    0.021_700_703,
+    -0.008_177_399,
+    0.002_142_961_8,
+];
 /// Where tanh changes from the polynomial to the exponential.
 pub(crate) const TANH_SMALL: f32 = 0.625;
 
 /// erf(x) / x - 1 in x^2, for |x| < 0.92.
-pub(crate) const ERF_SMALL: [f32; 7] =
-    [0.128_379_17, -0.376_126_32, 0.112_836_875, -0.026_858_94, 0.005_199_907, -0.000_813_001_3, 8.316_775e-5];
+pub(crate) const ERF_SMALL: [f32; 7] = [
+    0.128_379_17,
+    -0.376_126_32,
+    0.112_836_875,
+    -0.026_858_94,
+    0.005_199_907,
+    -0.000_813_001_3,
+    8.316_775e-5,
+];
 /// ln(1 - erf(x)) in x, for 0.92 <= x <= 4; beyond 4 erf rounds to 1.
 pub(crate) const ERF_LARGE: [f32; 8] = [
     1.746_832e-4,
@@ -89,7 +109,11 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
     let exponential = exp(s, s.add(magnitude, magnitude));
     let one = s.splat(1.0);
     let large = s.sub(one, s.div(s.splat(2.0), s.add(exponential, one)));
-    s.select(s.less(magnitude, s.splat(TANH_SMALL)), small, s.copy_sign(large, x))
+    s.select(
+        s.less(magnitude, s.splat(TANH_SMALL)),
+        small,
+        s.copy_sign(large, x),
+    )
 }
 
 /// Error function.
@@ -100,7 +124,11 @@ pub(crate) fn erf<S: Simd>(s: S, x: S::F) -> S::F {
     let small = s.fma(polynomial(s, square, &ERF_SMALL), x, x);
     let clamped = s.min(s.splat(ERF_RANGE.1), magnitude);
     let large = s.sub(s.splat(1.0), exp(s, polynomial(s, clamped, &ERF_LARGE)));
-    s.select(s.less(magnitude, s.splat(ERF_RANGE.0)), small, s.copy_sign(large, x))
+    s.select(
+        s.less(magnitude, s.splat(ERF_RANGE.0)),
+        small,
+        s.copy_sign(large, x),
+    )
 }
 
 /// Natural logarithm; -inf at zero, NaN below it.
@@ -111,9 +139,15 @@ pub(crate) fn log<S: Simd>(s: S, x: S::F) -> S::F {
     let shift = s.select(subnormal, s.splat(-23.0), s.zero());
     // Exponent and mantissa with the mantissa in [sqrt(1/2), sqrt(2)).
     let moved = s.add_u(s.bits(scaled), s.splat_u(0x3f80_0000 - SQRT_HALF_BITS));
-    let exponent = s.to_float(s.add_u(s.shift_right::<23>(moved), s.splat_u(127_u32.wrapping_neg())));
+    let exponent = s.to_float(s.add_u(
+        s.shift_right::<23>(moved),
+        s.splat_u(127_u32.wrapping_neg()),
+    ));
     let k = s.add(exponent, shift);
-    let mantissa = s.from_bits(s.add_u(s.and_u(moved, s.splat_u(0x007f_ffff)), s.splat_u(SQRT_HALF_BITS)));
+    let mantissa = s.from_bits(s.add_u(
+        s.and_u(moved, s.splat_u(0x007f_ffff)),
+        s.splat_u(SQRT_HALF_BITS),
+    ));
     let f = s.sub(mantissa, s.splat(1.0));
     let square = s.mul(f, f);
     let cubic = s.mul(s.mul(polynomial(s, f, &LOG), f), square);

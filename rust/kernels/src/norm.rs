@@ -34,7 +34,12 @@ struct GradientSums {
 }
 impl Reduction<3, 2> for GradientSums {
     #[inline(always)]
-    fn step<S: Simd>(self, s: S, [x, gain, d_out]: [S::F; 3], [sum, product]: [S::F; 2]) -> [S::F; 2] {
+    fn step<S: Simd>(
+        self,
+        s: S,
+        [x, gain, d_out]: [S::F; 3],
+        [sum, product]: [S::F; 2],
+    ) -> [S::F; 2] {
         let x_hat = s.mul(s.sub(x, s.splat(self.mean)), s.splat(self.rstd));
         let g = s.mul(d_out, gain);
         [s.add(sum, g), s.fma(g, x_hat, product)]
@@ -62,7 +67,15 @@ fn layer_norm_forward<S: Simd>(
 
 /// out = (x - mean) * rstd * gain + bias.
 #[inline(always)]
-fn normalize<S: Simd>(s: S, x: &[f32], gain: &[f32], bias: Option<&[f32]>, mean: f32, rstd: f32, out: &mut [f32]) {
+fn normalize<S: Simd>(
+    s: S,
+    x: &[f32],
+    gain: &[f32],
+    bias: Option<&[f32]>,
+    mean: f32,
+    rstd: f32,
+    out: &mut [f32],
+) {
     let (mean, rstd) = (s.splat(mean), s.splat(rstd));
     let (x, x_tail) = x.as_chunks::<LANES>();
     let (gain, gain_tail) = gain.as_chunks::<LANES>();
@@ -75,7 +88,10 @@ fn normalize<S: Simd>(s: S, x: &[f32], gain: &[f32], bias: Option<&[f32]>, mean:
         }
         if !x_tail.is_empty() {
             let x_hat = s.mul(s.sub(s.load_partial(x_tail), mean), rstd);
-            s.store_partial(s.fma(x_hat, s.load_partial(gain_tail), s.load_partial(bias_tail)), out_tail);
+            s.store_partial(
+                s.fma(x_hat, s.load_partial(gain_tail), s.load_partial(bias_tail)),
+                out_tail,
+            );
         }
     } else {
         for ((x, gain), out) in x.iter().zip(gain).zip(out) {
@@ -100,7 +116,13 @@ struct RowGradient {
 
 /// Returns the terms for d_x and d_gain.
 #[inline(always)]
-fn gradient_terms<S: Simd>(s: S, row: RowGradient, x: S::F, gain: S::F, d_out: S::F) -> (S::F, S::F) {
+fn gradient_terms<S: Simd>(
+    s: S,
+    row: RowGradient,
+    x: S::F,
+    gain: S::F,
+    d_out: S::F,
+) -> (S::F, S::F) {
     let rstd = s.splat(row.rstd);
     let x_hat = s.mul(s.sub(x, s.splat(row.mean)), rstd);
     let g = s.mul(d_out, gain);
@@ -129,7 +151,11 @@ fn accumulate_gradients<S: Simd>(
         s.store(s.add(s.load(d_gain), for_gain), d_gain);
     }
     if !x_tail.is_empty() {
-        let (x, gain, d_out) = (s.load_partial(x_tail), s.load_partial(gain_tail), s.load_partial(d_out_tail));
+        let (x, gain, d_out) = (
+            s.load_partial(x_tail),
+            s.load_partial(gain_tail),
+            s.load_partial(d_out_tail),
+        );
         let (for_x, for_gain) = gradient_terms(s, row, x, gain, d_out);
         s.store_partial(s.add(s.load_partial(d_x_tail), for_x), d_x_tail);
         s.store_partial(s.add(s.load_partial(d_gain_tail), for_gain), d_gain_tail);
@@ -149,7 +175,12 @@ fn layer_norm_backward<S: Simd>(
 ) {
     let n = x.len() as f32;
     let [sum, product] = reduce(s, GradientSums { mean, rstd }, [x, gain, d_out]);
-    let row = RowGradient { mean, rstd, offset: sum / n, slope: product / n };
+    let row = RowGradient {
+        mean,
+        rstd,
+        offset: sum / n,
+        slope: product / n,
+    };
     accumulate_gradients(s, row, x, gain, d_out, d_x, d_gain);
 }
 
@@ -171,7 +202,12 @@ fn rms_norm_backward<S: Simd>(
     d_gain: &mut [f32],
 ) {
     let [_, product] = reduce(s, GradientSums { mean: 0.0, rstd }, [x, gain, d_out]);
-    let row = RowGradient { mean: 0.0, rstd, offset: 0.0, slope: product / x.len() as f32 };
+    let row = RowGradient {
+        mean: 0.0,
+        rstd,
+        offset: 0.0,
+        slope: product / x.len() as f32,
+    };
     accumulate_gradients(s, row, x, gain, d_out, d_x, d_gain);
 }
 
@@ -228,7 +264,10 @@ impl Kernels {
 
     /// out = x * rstd * gain with rstd = 1 / sqrt(mean(x^2) + eps). Returns rstd, which the backward pass takes.
     pub fn rms_norm_forward(&self, x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> f32 {
-        assert!(gain.len() == x.len() && out.len() == x.len(), "rms_norm_forward: lengths differ");
+        assert!(
+            gain.len() == x.len() && out.len() == x.len(),
+            "rms_norm_forward: lengths differ"
+        );
         dispatch!(*self, rms_norm_forward(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> f32)
     }
 

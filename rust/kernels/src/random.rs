@@ -67,11 +67,19 @@ impl RandomKey {
     /// 128 random bits of this key.
     #[must_use]
     pub fn words(&self) -> [u32; 4] {
-        debug_assert!(self.layer < 1 << 16 && self.site < 1 << 16, "layer and site share one word of the counter");
+        debug_assert!(
+            self.layer < 1 << 16 && self.site < 1 << 16,
+            "layer and site share one word of the counter"
+        );
         let sequence = self.sequence_id as u64;
         philox(
             [self.seed as u32, (self.seed >> 32) as u32],
-            [self.position as u32, sequence as u32, (sequence >> 32) as u32, self.layer << 16 | self.site],
+            [
+                self.position as u32,
+                sequence as u32,
+                (sequence >> 32) as u32,
+                self.layer << 16 | self.site,
+            ],
         )
     }
 
@@ -94,7 +102,12 @@ impl RandomKey {
 pub fn uniform(seed: u64, stream: u64, index: u64) -> f32 {
     let words = philox(
         [seed as u32, (seed >> 32) as u32],
-        [(index / 4) as u32, (index / 4 >> 32) as u32, stream as u32, (stream >> 32) as u32],
+        [
+            (index / 4) as u32,
+            (index / 4 >> 32) as u32,
+            stream as u32,
+            (stream >> 32) as u32,
+        ],
     );
     (words[(index % 4) as usize] >> 8) as f32 / 16_777_216.0
 }
@@ -108,10 +121,21 @@ pub fn uniform(seed: u64, stream: u64, index: u64) -> f32 {
 /// # Panics
 /// If `first` is not a multiple of 4.
 pub fn fill_normal(seed: u64, stream: u64, first: u64, standard_deviation: f32, out: &mut [f32]) {
-    assert!(first.is_multiple_of(4), "the first element must start a block of 4");
+    assert!(
+        first.is_multiple_of(4),
+        "the first element must start a block of 4"
+    );
     let key = [seed as u32, (seed >> 32) as u32];
     for (block, chunk) in (first / 4..).zip(out.chunks_mut(4)) {
-        let words = philox(key, [block as u32, (block >> 32) as u32, stream as u32, (stream >> 32) as u32]);
+        let words = philox(
+            key,
+            [
+                block as u32,
+                (block >> 32) as u32,
+                stream as u32,
+                (stream >> 32) as u32,
+            ],
+        );
         let (a, b) = normal_pair(words[0], words[1]);
         let (c, d) = normal_pair(words[2], words[3]);
         for (value, normal) in chunk.iter_mut().zip([a, b, c, d]) {
@@ -163,8 +187,14 @@ impl DropoutScale {
     /// # Panics
     /// If `p` is not in [0, 1).
     pub(crate) fn new(p: f32) -> Self {
-        assert!((0.0..1.0).contains(&p), "dropout probability {p} is not in [0, 1)");
-        Self { threshold: (f64::from(p) * 4_294_967_296.0) as u32, scale: (1.0 / (1.0 - f64::from(p))) as f32 }
+        assert!(
+            (0.0..1.0).contains(&p),
+            "dropout probability {p} is not in [0, 1)"
+        );
+        Self {
+            threshold: (f64::from(p) * 4_294_967_296.0) as u32,
+            scale: (1.0 / (1.0 - f64::from(p))) as f32,
+        }
     }
 }
 

@@ -20,12 +20,21 @@ fn rotary<S: Simd>(s: S, x: &mut [f32], cos: &[f32], sin: &[f32], inverse: bool)
     let (cos, cos_tail) = cos.as_chunks::<LANES>();
     let (sin, sin_tail) = sin.as_chunks::<LANES>();
     for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-        let (first, second) = rotate(s, s.load(a), s.load(b), s.load(cos), s.mul(sign, s.load(sin)));
+        let (first, second) = rotate(
+            s,
+            s.load(a),
+            s.load(b),
+            s.load(cos),
+            s.mul(sign, s.load(sin)),
+        );
         s.store(first, a);
         s.store(second, b);
     }
     if !a_tail.is_empty() {
-        let (cos, sin) = (s.load_partial(cos_tail), s.mul(sign, s.load_partial(sin_tail)));
+        let (cos, sin) = (
+            s.load_partial(cos_tail),
+            s.mul(sign, s.load_partial(sin_tail)),
+        );
         let (first, second) = rotate(s, s.load_partial(a_tail), s.load_partial(b_tail), cos, sin);
         s.store_partial(first, a_tail);
         s.store_partial(second, b_tail);
@@ -39,7 +48,10 @@ impl Kernels {
     /// # Panics
     /// If `cos` and `sin` differ in length or `x` is shorter than `2 * cos.len()`.
     pub fn rotary(&self, x: &mut [f32], cos: &[f32], sin: &[f32], inverse: bool) {
-        assert!(cos.len() == sin.len() && x.len() >= 2 * cos.len(), "rotary: lengths do not fit");
+        assert!(
+            cos.len() == sin.len() && x.len() >= 2 * cos.len(),
+            "rotary: lengths do not fit"
+        );
         dispatch!(*self, rotary(x: &mut [f32], cos: &[f32], sin: &[f32], inverse: bool));
     }
 }

@@ -110,7 +110,10 @@ impl Kernels {
     ) {
         shape.assert_valid();
         let n = q.num_rows();
-        let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let (width, kv_width) = (
+            shape.heads * shape.head_dim,
+            shape.kv_heads * shape.head_dim,
+        );
         let fits = |m: &Mat, width| m.num_rows() == n && m.num_cols() == width;
         let fits_mut = |m: &MatMut, width| m.num_rows() == n && m.num_cols() == width;
         assert!(
@@ -127,26 +130,61 @@ impl Kernels {
         if sequences.is_empty() {
             return;
         }
-        let row_cuts: Vec<usize> = sequences.iter().skip(1).map(|(_, start, _)| *start).collect();
-        let cuts = |step: usize| -> Vec<usize> { (1..shape.kv_heads).map(|head| head * step).collect() };
+        let row_cuts: Vec<usize> = sequences
+            .iter()
+            .skip(1)
+            .map(|(_, start, _)| *start)
+            .collect();
+        let cuts =
+            |step: usize| -> Vec<usize> { (1..shape.kv_heads).map(|head| head * step).collect() };
         let (group_cuts, head_cuts) = (cuts(shape.group() * shape.head_dim), cuts(shape.head_dim));
         let d_qs = d_q.split_grid(&row_cuts, &group_cuts);
         let d_ks = d_k.split_grid(&row_cuts, &head_cuts);
         let d_vs = d_v.split_grid(&row_cuts, &head_cuts);
-        let items = d_qs.into_iter().zip(d_ks).zip(d_vs).enumerate().map(|(i, ((d_q, d_k), d_v))| {
-            let (sequence, start, _) = sequences[i / shape.kv_heads];
-            Item { sequence, start, kv_head: i % shape.kv_heads, d_q, d_k, d_v }
-        });
+        let items =
+            d_qs.into_iter()
+                .zip(d_ks)
+                .zip(d_vs)
+                .enumerate()
+                .map(|(i, ((d_q, d_k), d_v))| {
+                    let (sequence, start, _) = sequences[i / shape.kv_heads];
+                    Item {
+                        sequence,
+                        start,
+                        kv_head: i % shape.kv_heads,
+                        d_q,
+                        d_k,
+                        d_v,
+                    }
+                });
         let items: Vec<Item> = items.collect();
-        let longest = sequences.iter().map(|(_, start, end)| end - start).max().unwrap_or(0);
-        let inputs = Inputs { q, k, v, out, lse, d_out, dropout };
+        let longest = sequences
+            .iter()
+            .map(|(_, start, end)| end - start)
+            .max()
+            .unwrap_or(0);
+        let inputs = Inputs {
+            q,
+            k,
+            v,
+            out,
+            lse,
+            d_out,
+            dropout,
+        };
         pool.for_each_with_scratch(items, Scratch::floats(shape, longest), |item, scratch| {
             backward_item(self, shape, inputs, item, scratch);
         });
     }
 }
 
-fn backward_item(kernels: &Kernels, shape: &AttentionShape, inputs: Inputs, mut item: Item, scratch: &mut [f32]) {
+fn backward_item(
+    kernels: &Kernels,
+    shape: &AttentionShape,
+    inputs: Inputs,
+    mut item: Item,
+    scratch: &mut [f32],
+) {
     let (dim, padded, group) = (shape.head_dim, shape.padded_dim(), shape.group());
     let (start, length) = (item.start, item.d_k.num_rows());
     let n = inputs.q.num_rows();
@@ -156,15 +194,28 @@ fn backward_item(kernels: &Kernels, shape: &AttentionShape, inputs: Inputs, mut 
         let head = item.kv_head * group + member;
         let columns = head * dim..(head + 1) * dim;
         let lse = &inputs.lse[head * n + start..][..length];
-        let head_dropout = inputs.dropout.map(|dropout| HeadDropout::new(dropout, item.sequence, head));
-        let words = head_dropout.map(|dropout| dropout.row_words(0..length)).unwrap_or_default();
+        let head_dropout = inputs
+            .dropout
+            .map(|dropout| HeadDropout::new(dropout, item.sequence, head));
+        let words = head_dropout
+            .map(|dropout| dropout.row_words(0..length))
+            .unwrap_or_default();
 
         let tokens = start..start + length;
-        pack_rows(tokens.clone().map(|t| &inputs.q.row(t)[columns.clone()]), padded, scratch.q);
-        pack_rows(tokens.map(|t| &inputs.d_out.row(t)[columns.clone()]), padded, scratch.d_out);
+        pack_rows(
+            tokens.clone().map(|t| &inputs.q.row(t)[columns.clone()]),
+            padded,
+            scratch.q,
+        );
+        pack_rows(
+            tokens.map(|t| &inputs.d_out.row(t)[columns.clone()]),
+            padded,
+            scratch.d_out,
+        );
         for first in (0..length).step_by(TILE) {
             let rows = TILE.min(length - first);
-            let outputs = (first..first + rows).map(|t| &inputs.out.row(start + t)[columns.clone()]);
+            let outputs =
+                (first..first + rows).map(|t| &inputs.out.row(start + t)[columns.clone()]);
             pack_rows(outputs, padded, scratch.rows);
             let d_out = &scratch.d_out[first * padded..][..rows * padded];
             let correlation = &mut scratch.correlation[first..first + rows];
@@ -175,9 +226,17 @@ fn backward_item(kernels: &Kernels, shape: &AttentionShape, inputs: Inputs, mut 
         for first_key in (0..length).step_by(TILE) {
             let keys = TILE.min(length - first_key);
             let tile = start + first_key..start + first_key + keys;
-            pack_rows(tile.clone().map(|t| &inputs.k.row(t)[kv_columns.clone()]), padded, scratch.k);
+            pack_rows(
+                tile.clone().map(|t| &inputs.k.row(t)[kv_columns.clone()]),
+                padded,
+                scratch.k,
+            );
             transpose_rows(scratch.k, keys, padded, dim, scratch.k_transposed);
-            pack_rows(tile.map(|t| &inputs.v.row(t)[kv_columns.clone()]), padded, scratch.rows);
+            pack_rows(
+                tile.map(|t| &inputs.v.row(t)[kv_columns.clone()]),
+                padded,
+                scratch.rows,
+            );
             transpose_rows(scratch.rows, keys, padded, dim, scratch.v_transposed);
             if member == 0 {
                 scratch.d_k.fill(0.0);
@@ -188,12 +247,21 @@ fn backward_item(kernels: &Kernels, shape: &AttentionShape, inputs: Inputs, mut 
                 pack_rows(rows.map(|t| item.d_v.row(t)), padded, scratch.d_v);
             }
             for first in (first_key..length).step_by(TILE) {
-                let pair = Pair { first, rows: TILE.min(length - first), first_key, keys };
+                let pair = Pair {
+                    first,
+                    rows: TILE.min(length - first),
+                    first_key,
+                    keys,
+                };
                 let dropout = head_dropout.as_ref().map(|dropout| (dropout, &words[..]));
                 backward_pair(kernels, shape, &mut scratch, lse, pair, dropout);
             }
-            for (r, (d_k, d_v)) in
-                scratch.d_k.chunks_exact(padded).zip(scratch.d_v.chunks_exact(padded)).take(keys).enumerate()
+            for (r, (d_k, d_v)) in scratch
+                .d_k
+                .chunks_exact(padded)
+                .zip(scratch.d_v.chunks_exact(padded))
+                .take(keys)
+                .enumerate()
             {
                 item.d_k.row_mut(first_key + r).copy_from_slice(&d_k[..dim]);
                 item.d_v.row_mut(first_key + r).copy_from_slice(&d_v[..dim]);
@@ -226,10 +294,19 @@ fn backward_pair(
     dropout: Option<(&HeadDropout, &[[u32; 2]])>,
 ) {
     let (dim, padded) = (shape.head_dim, shape.padded_dim());
-    let Pair { first, rows, first_key, keys } = pair;
+    let Pair {
+        first,
+        rows,
+        first_key,
+        keys,
+    } = pair;
     let diagonal = first == first_key;
     let step = if diagonal { DIAGONAL } else { TILE };
-    let row_major = |data, first: usize| Strided { data: &<[f32]>::split_at(data, first * padded).1[..], row_stride: padded, step_stride: 1 };
+    let row_major = |data, first: usize| Strided {
+        data: &<[f32]>::split_at(data, first * padded).1[..],
+        row_stride: padded,
+        step_stride: 1,
+    };
     for chunk in (0..rows).step_by(step) {
         let chunk_rows = step.min(rows - chunk);
         // On the diagonal, row r of the pair sees the keys 0..=r of the tile.
@@ -241,12 +318,35 @@ fn backward_pair(
         }
         let limits = &limits[..chunk_rows];
         let seen = limits[chunk_rows - 1];
-        let extent = Extent { rows: chunk_rows, steps: dim, width: seen.next_multiple_of(LANES) };
-        let (scores, d_scores) = (&mut scratch.scores[chunk * TILE..], &mut scratch.d_scores[chunk * TILE..]);
+        let extent = Extent {
+            rows: chunk_rows,
+            steps: dim,
+            width: seen.next_multiple_of(LANES),
+        };
+        let (scores, d_scores) = (
+            &mut scratch.scores[chunk * TILE..],
+            &mut scratch.d_scores[chunk * TILE..],
+        );
         let queries = row_major(scratch.q, first + chunk);
-        kernels.product(extent, queries, scratch.k_transposed, TILE, Start::Zero, scores, TILE);
+        kernels.product(
+            extent,
+            queries,
+            scratch.k_transposed,
+            TILE,
+            Start::Zero,
+            scores,
+            TILE,
+        );
         let d_out = row_major(scratch.d_out, first + chunk);
-        kernels.product(extent, d_out, scratch.v_transposed, TILE, Start::Zero, d_scores, TILE);
+        kernels.product(
+            extent,
+            d_out,
+            scratch.v_transposed,
+            TILE,
+            Start::Zero,
+            d_scores,
+            TILE,
+        );
         let absolute = first + chunk..first + chunk + chunk_rows;
         let row_constants = BackwardRows {
             lse: &lse[absolute.clone()],
@@ -260,23 +360,67 @@ fn backward_pair(
         });
         kernels.softmax_replay(scores, d_scores, row_constants, shape.scale, block_dropout);
         // d_q[r] += sum over keys of d_score[r][j] k[j].
-        let extent = Extent { rows: chunk_rows, steps: seen, width: padded };
+        let extent = Extent {
+            rows: chunk_rows,
+            steps: seen,
+            width: padded,
+        };
         let d_q = &mut scratch.d_q[(first + chunk) * padded..];
-        let d_rows = Strided { data: d_scores, row_stride: TILE, step_stride: 1 };
-        kernels.product(extent, d_rows, scratch.k, padded, Start::Continue, d_q, padded);
+        let d_rows = Strided {
+            data: d_scores,
+            row_stride: TILE,
+            step_stride: 1,
+        };
+        kernels.product(
+            extent,
+            d_rows,
+            scratch.k,
+            padded,
+            Start::Continue,
+            d_q,
+            padded,
+        );
     }
     // d_v[j] += sum over rows of weight[r][j] d_out[r], d_k[j] likewise from d_score and q. On the diagonal the rows
     // above a key's own do not see it.
     let key_step = if diagonal { DIAGONAL } else { TILE };
     for key in (0..keys).step_by(key_step) {
         let skipped = if diagonal { key } else { 0 };
-        let extent = Extent { rows: key_step.min(keys - key), steps: rows - skipped, width: padded };
+        let extent = Extent {
+            rows: key_step.min(keys - key),
+            steps: rows - skipped,
+            width: padded,
+        };
         let column = skipped * TILE + key;
-        let weights = Strided { data: &scratch.scores[column..], row_stride: 1, step_stride: TILE };
+        let weights = Strided {
+            data: &scratch.scores[column..],
+            row_stride: 1,
+            step_stride: TILE,
+        };
         let d_out = &scratch.d_out[(first + skipped) * padded..];
-        kernels.product(extent, weights, d_out, padded, Start::Continue, &mut scratch.d_v[key * padded..], padded);
-        let d_rows = Strided { data: &scratch.d_scores[column..], row_stride: 1, step_stride: TILE };
+        kernels.product(
+            extent,
+            weights,
+            d_out,
+            padded,
+            Start::Continue,
+            &mut scratch.d_v[key * padded..],
+            padded,
+        );
+        let d_rows = Strided {
+            data: &scratch.d_scores[column..],
+            row_stride: 1,
+            step_stride: TILE,
+        };
         let q = &scratch.q[(first + skipped) * padded..];
-        kernels.product(extent, d_rows, q, padded, Start::Continue, &mut scratch.d_k[key * padded..], padded);
+        kernels.product(
+            extent,
+            d_rows,
+            q,
+            padded,
+            Start::Continue,
+            &mut scratch.d_k[key * padded..],
+            padded,
+        );
     }
 }

@@ -91,7 +91,10 @@ impl<'a> Block<'a> {
         let visible = |length: usize| length.saturating_sub(tile.first_key).min(TILE);
         let mut first = 0;
         while first < lengths.len() {
-            let full = lengths[first..].iter().take(FULL_ROWS).all(|length| visible(*length) == TILE);
+            let full = lengths[first..]
+                .iter()
+                .take(FULL_ROWS)
+                .all(|length| visible(*length) == TILE);
             let rows = (lengths.len() - first).min(if full { FULL_ROWS } else { DIAGONAL_ROWS });
             let mut limits = [0; MAX_ROWS];
             for (limit, length) in limits.iter_mut().zip(&lengths[first..first + rows]) {
@@ -100,10 +103,25 @@ impl<'a> Block<'a> {
             let limits = &limits[..rows];
             let most = *limits.iter().max().expect("a block has rows");
             if most > 0 {
-                let queries =
-                    Strided { data: &self.queries[first * padded..], row_stride: padded, step_stride: 1 };
-                let extent = Extent { rows, steps: shape.head_dim, width: most.next_multiple_of(LANES) };
-                kernels.product(extent, queries, tile.keys, TILE, Start::Zero, self.scores, TILE);
+                let queries = Strided {
+                    data: &self.queries[first * padded..],
+                    row_stride: padded,
+                    step_stride: 1,
+                };
+                let extent = Extent {
+                    rows,
+                    steps: shape.head_dim,
+                    width: most.next_multiple_of(LANES),
+                };
+                kernels.product(
+                    extent,
+                    queries,
+                    tile.keys,
+                    TILE,
+                    Start::Zero,
+                    self.scores,
+                    TILE,
+                );
                 let state = OnlineState {
                     largest: &mut self.largest[first..first + rows],
                     sum: &mut self.sum[first..first + rows],
@@ -116,10 +134,26 @@ impl<'a> Block<'a> {
                     scale: head.scale,
                 });
                 kernels.softmax_online(self.scores, limits, shape.scale, state, dropout);
-                let weights = Strided { data: self.scores, row_stride: TILE, step_stride: 1 };
-                let extent = Extent { rows, steps: most, width: padded };
+                let weights = Strided {
+                    data: self.scores,
+                    row_stride: TILE,
+                    step_stride: 1,
+                };
+                let extent = Extent {
+                    rows,
+                    steps: most,
+                    width: padded,
+                };
                 let weighted = &mut self.weighted[first * padded..];
-                kernels.product(extent, weights, tile.values, padded, Start::Continue, weighted, padded);
+                kernels.product(
+                    extent,
+                    weights,
+                    tile.values,
+                    padded,
+                    Start::Continue,
+                    weighted,
+                    padded,
+                );
             }
             first += rows;
         }
@@ -169,7 +203,10 @@ impl Kernels {
     ) {
         shape.assert_valid();
         let n = q.num_rows();
-        let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let (width, kv_width) = (
+            shape.heads * shape.head_dim,
+            shape.kv_heads * shape.head_dim,
+        );
         assert!(
             q.num_cols() == width
                 && out.num_rows() == n
@@ -184,7 +221,11 @@ impl Kernels {
         let dropout = dropout.filter(|dropout| dropout.p > 0.0);
         let mut blocks = Vec::new();
         for (sequence, start, end) in sequences(offsets, n, dropout) {
-            blocks.extend((start..end).step_by(QUERY_BLOCK).map(|first| (sequence, start, first)));
+            blocks.extend(
+                (start..end)
+                    .step_by(QUERY_BLOCK)
+                    .map(|first| (sequence, start, first)),
+            );
         }
         if blocks.is_empty() {
             return;
@@ -194,14 +235,26 @@ impl Kernels {
         let head_cuts: Vec<usize> = (1..shape.heads).collect();
         let outs = out.split_grid(&row_cuts, &column_cuts);
         // [heads][blocks] here, [blocks][heads] there.
-        let mut lses: Vec<Option<MatMut>> =
-            MatMut::new(lse, shape.heads, n).split_grid(&head_cuts, &row_cuts).into_iter().map(Some).collect();
+        let mut lses: Vec<Option<MatMut>> = MatMut::new(lse, shape.heads, n)
+            .split_grid(&head_cuts, &row_cuts)
+            .into_iter()
+            .map(Some)
+            .collect();
         let num_blocks = blocks.len();
         let items = outs.into_iter().enumerate().map(|(i, out)| {
             let (block, head) = (i / shape.heads, i % shape.heads);
             let (sequence, start, first) = blocks[block];
-            let lse = lses[head * num_blocks + block].take().expect("each piece is used once");
-            Item { sequence, head, start, first, out, lse }
+            let lse = lses[head * num_blocks + block]
+                .take()
+                .expect("each piece is used once");
+            Item {
+                sequence,
+                head,
+                start,
+                first,
+                out,
+                lse,
+            }
         });
         let items: Vec<Item> = items.collect();
         let padded = shape.padded_dim();
@@ -223,7 +276,14 @@ fn forward_item(
     item: Item,
     mut scratch: &mut [f32],
 ) {
-    let Item { sequence, head, start, first, mut out, mut lse } = item;
+    let Item {
+        sequence,
+        head,
+        start,
+        first,
+        mut out,
+        mut lse,
+    } = item;
     let rows = out.num_rows();
     let (dim, padded) = (shape.head_dim, shape.padded_dim());
     let query_columns = head * dim..(head + 1) * dim;
@@ -238,14 +298,34 @@ fn forward_item(
     let last = first + rows - start;
     let lengths: Vec<usize> = (first - start + 1..=last).collect();
     let head_dropout = dropout.map(|dropout| HeadDropout::new(dropout, sequence, head));
-    let words = head_dropout.map(|dropout| dropout.row_words(first - start..last)).unwrap_or_default();
+    let words = head_dropout
+        .map(|dropout| dropout.row_words(first - start..last))
+        .unwrap_or_default();
     for first_key in (0..last).step_by(TILE) {
         let tile_rows = start + first_key..start + (first_key + TILE).min(last);
-        pack_rows(tile_rows.clone().map(|t| &k.row(t)[columns.clone()]), padded, packed);
+        pack_rows(
+            tile_rows.clone().map(|t| &k.row(t)[columns.clone()]),
+            padded,
+            packed,
+        );
         transpose_rows(packed, tile_rows.len(), padded, dim, keys);
-        pack_rows(tile_rows.map(|t| &v.row(t)[columns.clone()]), padded, values);
-        let tile = Tile { keys, values, first_key };
-        block.attend(kernels, shape, tile, &lengths, head_dropout.as_ref().map(|dropout| (dropout, &words[..])));
+        pack_rows(
+            tile_rows.map(|t| &v.row(t)[columns.clone()]),
+            padded,
+            values,
+        );
+        let tile = Tile {
+            keys,
+            values,
+            first_key,
+        };
+        block.attend(
+            kernels,
+            shape,
+            tile,
+            &lengths,
+            head_dropout.as_ref().map(|dropout| (dropout, &words[..])),
+        );
     }
     let (result, result_lse) = block.finish(kernels);
     for (r, row) in result.chunks_exact(padded).enumerate() {

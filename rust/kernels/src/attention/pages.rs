@@ -29,12 +29,17 @@ impl AttentionShape {
     pub fn write_page(&self, page: &mut [f32], position: usize, key: &[f32], value: &[f32]) {
         let (dim, padded) = (self.head_dim, self.padded_dim());
         assert!(
-            page.len() == self.page_floats() && key.len() == self.kv_heads * dim && value.len() == key.len(),
+            page.len() == self.page_floats()
+                && key.len() == self.kv_heads * dim
+                && value.len() == key.len(),
             "write_page: lengths do not fit"
         );
         let slot = position % TILE;
         let heads = page.chunks_exact_mut(self.page_head_floats());
-        for ((head, key), value) in heads.zip(key.chunks_exact(dim)).zip(value.chunks_exact(dim)) {
+        for ((head, key), value) in heads
+            .zip(key.chunks_exact(dim))
+            .zip(value.chunks_exact(dim))
+        {
             let (keys, values) = head.split_at_mut(dim * TILE);
             for (column, element) in keys.chunks_exact_mut(TILE).zip(key) {
                 column[slot] = *element;
@@ -90,7 +95,10 @@ impl Kernels {
         let n: usize = sequences.iter().map(|sequence| sequence.rows).sum();
         let width = shape.heads * shape.head_dim;
         assert!(
-            q.num_rows() == n && out.num_rows() == n && q.num_cols() == width && out.num_cols() == width,
+            q.num_rows() == n
+                && out.num_rows() == n
+                && q.num_cols() == width
+                && out.num_cols() == width,
             "attention_decode: shapes do not fit"
         );
         // Blocks have at most QUERY_BLOCK (row, query head) pairs, and at least one row.
@@ -98,10 +106,18 @@ impl Kernels {
         let mut blocks = Vec::new();
         let mut row = 0;
         for sequence in sequences {
-            let PagedSequence { rows, length, pages } = *sequence;
-            assert!(rows <= length, "attention_decode: {rows} rows of a sequence of {length} positions");
+            let PagedSequence {
+                rows,
+                length,
+                pages,
+            } = *sequence;
             assert!(
-                pages.len() * PAGE_POSITIONS >= length && pages.iter().all(|page| page.len() == shape.page_floats()),
+                rows <= length,
+                "attention_decode: {rows} rows of a sequence of {length} positions"
+            );
+            assert!(
+                pages.len() * PAGE_POSITIONS >= length
+                    && pages.iter().all(|page| page.len() == shape.page_floats()),
                 "attention_decode: pages do not hold {length} positions"
             );
             let firsts = (0..rows).step_by(block_rows);
@@ -112,11 +128,19 @@ impl Kernels {
             return;
         }
         let row_cuts: Vec<usize> = blocks.iter().skip(1).map(|(_, first, _)| *first).collect();
-        let column_cuts: Vec<usize> = (1..shape.kv_heads).map(|head| head * shape.group() * shape.head_dim).collect();
+        let column_cuts: Vec<usize> = (1..shape.kv_heads)
+            .map(|head| head * shape.group() * shape.head_dim)
+            .collect();
         let outs = out.split_grid(&row_cuts, &column_cuts);
         let items = outs.into_iter().enumerate().map(|(i, out)| {
             let (sequence, first_row, first_length) = blocks[i / shape.kv_heads];
-            Item { sequence, kv_head: i % shape.kv_heads, first_row, first_length, out }
+            Item {
+                sequence,
+                kv_head: i % shape.kv_heads,
+                first_row,
+                first_length,
+                out,
+            }
         });
         let items: Vec<Item> = items.collect();
         let scratch_floats = Block::scratch_floats(shape, block_rows * shape.group());
@@ -126,8 +150,20 @@ impl Kernels {
     }
 }
 
-fn decode_item(kernels: &Kernels, shape: &AttentionShape, q: Mat, item: Item, mut scratch: &mut [f32]) {
-    let Item { sequence, kv_head, first_row, first_length, mut out } = item;
+fn decode_item(
+    kernels: &Kernels,
+    shape: &AttentionShape,
+    q: Mat,
+    item: Item,
+    mut scratch: &mut [f32],
+) {
+    let Item {
+        sequence,
+        kv_head,
+        first_row,
+        first_length,
+        mut out,
+    } = item;
     let (rows, group) = (out.num_rows(), shape.group());
     let (dim, padded) = (shape.head_dim, shape.padded_dim());
     // Block rows are (query head of the group, query row): lengths ascend within a head.
@@ -136,12 +172,24 @@ fn decode_item(kernels: &Kernels, shape: &AttentionShape, q: Mat, item: Item, mu
         (0..rows).map(move |r| &q.row(first_row + r)[head * dim..(head + 1) * dim])
     });
     let mut block = Block::new(shape, rows * group, queries, &mut scratch);
-    let lengths: Vec<usize> = (0..group).flat_map(|_| first_length..first_length + rows).collect();
+    let lengths: Vec<usize> = (0..group)
+        .flat_map(|_| first_length..first_length + rows)
+        .collect();
     let last = first_length + rows - 1;
     for (page, first_key) in sequence.pages.iter().zip((0..last).step_by(TILE)) {
         let head = &page[kv_head * shape.page_head_floats()..][..shape.page_head_floats()];
         let (keys, values) = head.split_at(dim * TILE);
-        block.attend(kernels, shape, Tile { keys, values, first_key }, &lengths, None);
+        block.attend(
+            kernels,
+            shape,
+            Tile {
+                keys,
+                values,
+                first_key,
+            },
+            &lengths,
+            None,
+        );
     }
     let (result, _) = block.finish(kernels);
     for (i, row) in result.chunks_exact(padded).enumerate() {

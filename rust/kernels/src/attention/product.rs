@@ -108,7 +108,16 @@ unsafe fn rows<S: Simd, const R: usize, const C: usize>(s: S, rows: usize, mut o
 }
 
 #[inline(always)]
-fn product<S: Simd>(s: S, extent: Extent, a: Strided, b: &[f32], b_stride: usize, start: Start, out: &mut [f32], out_stride: usize) {
+fn product<S: Simd>(
+    s: S,
+    extent: Extent,
+    a: Strided,
+    b: &[f32],
+    b_stride: usize,
+    start: Start,
+    out: &mut [f32],
+    out_stride: usize,
+) {
     let mut o = Operands {
         a: a.data.as_ptr(),
         a_row: a.row_stride,
@@ -176,12 +185,24 @@ impl Kernels {
         if rows == 0 || width == 0 {
             return;
         }
-        assert!(width.is_multiple_of(LANES), "product: the width is not a multiple of the lanes");
-        assert!(out.len() >= (rows - 1) * out_stride + width, "product: the output is too short");
+        assert!(
+            width.is_multiple_of(LANES),
+            "product: the width is not a multiple of the lanes"
+        );
+        assert!(
+            out.len() >= (rows - 1) * out_stride + width,
+            "product: the output is too short"
+        );
         if steps > 0 {
             let last = (rows - 1) * a.row_stride + (steps - 1) * a.step_stride;
-            assert!(a.data.len() > last, "product: the left operand is too short");
-            assert!(b.len() >= (steps - 1) * b_stride + width, "product: the right operand is too short");
+            assert!(
+                a.data.len() > last,
+                "product: the left operand is too short"
+            );
+            assert!(
+                b.len() >= (steps - 1) * b_stride + width,
+                "product: the right operand is too short"
+            );
         }
         dispatch!(
             *self,

@@ -42,7 +42,11 @@ fn vectors_for(keys: usize) -> usize {
 
 #[inline(always)]
 fn row_vectors_mut(row: &mut [f32]) -> &mut [[f32; LANES]; VECTORS] {
-    row[..TILE].as_chunks_mut::<LANES>().0.try_into().expect("a tile row has 64 elements")
+    row[..TILE]
+        .as_chunks_mut::<LANES>()
+        .0
+        .try_into()
+        .expect("a tile row has 64 elements")
 }
 
 #[inline(always)]
@@ -55,7 +59,12 @@ fn online<S: Simd>(
     dropout: Option<BlockDropout>,
 ) {
     let rows = limits.len();
-    let OnlineState { largest, sum, weighted, padded } = state;
+    let OnlineState {
+        largest,
+        sum,
+        weighted,
+        padded,
+    } = state;
     let lowest = s.splat(f32::NEG_INFINITY);
     // Pass 1: scale and mask the scores, find each row's new maximum.
     let mut previous = [0.0_f32; MAX_ROWS];
@@ -65,7 +74,11 @@ fn online<S: Simd>(
     for (r, row) in scores.chunks_exact_mut(TILE).take(rows).enumerate() {
         let limit = limits[r];
         let mut maximum = s.splat(previous[r]);
-        for (v, chunk) in row_vectors_mut(row).iter_mut().enumerate().take(vectors_for(limit)) {
+        for (v, chunk) in row_vectors_mut(row)
+            .iter_mut()
+            .enumerate()
+            .take(vectors_for(limit))
+        {
             let scaled = s.mul(s.load(chunk), s.splat(scale));
             let masked = s.select(s.first(limit - v * LANES), scaled, lowest);
             s.store(masked, chunk);
@@ -75,8 +88,15 @@ fn online<S: Simd>(
     }
     largest[..rows].copy_from_slice(&current[..rows]);
     // Pass 2: what the sums of the earlier tiles shrink by, 16 rows at a time.
-    let chunks = previous.as_chunks::<LANES>().0.iter().zip(current.as_chunks::<LANES>().0);
-    for ((previous, current), decay) in chunks.zip(decay.as_chunks_mut::<LANES>().0).take(vectors_for(rows)) {
+    let chunks = previous
+        .as_chunks::<LANES>()
+        .0
+        .iter()
+        .zip(current.as_chunks::<LANES>().0);
+    for ((previous, current), decay) in chunks
+        .zip(decay.as_chunks_mut::<LANES>().0)
+        .take(vectors_for(rows))
+    {
         s.store(exp(s, s.sub(s.load(previous), s.load(current))), decay);
     }
     // Pass 3: exponentials, sums, and the shrinking of the weighted values.
@@ -84,7 +104,11 @@ fn online<S: Simd>(
         let maximum = s.splat(current[r]);
         let used = vectors_for(limits[r]);
         let mut partial = [s.zero(); VECTORS];
-        for (v, (chunk, partial)) in row_vectors_mut(row).iter_mut().zip(&mut partial).enumerate() {
+        for (v, (chunk, partial)) in row_vectors_mut(row)
+            .iter_mut()
+            .zip(&mut partial)
+            .enumerate()
+        {
             if v < used {
                 let p = exp(s, s.sub(s.load(chunk), maximum));
                 *partial = p;
@@ -113,7 +137,12 @@ fn online<S: Simd>(
 /// Dropout of vector `v` of row `r`.
 #[inline(always)]
 fn drop<S: Simd>(s: S, d: BlockDropout, r: usize, v: usize, p: S::F) -> S::F {
-    let mask = kept(s, d.rows[r], (d.first_key + v * LANES) as u32, d.scale.threshold);
+    let mask = kept(
+        s,
+        d.rows[r],
+        (d.first_key + v * LANES) as u32,
+        d.scale.threshold,
+    );
     s.select(mask, s.mul(p, s.splat(d.scale.scale)), s.zero())
 }
 
@@ -132,7 +161,10 @@ fn finish<S: Simd>(s: S, largest: &mut [f32], sum: &[f32], weighted: &mut [f32],
         s.store(s.add(s.load(largest), log(s, s.load(sum))), largest);
     }
     if !largest_tail.is_empty() {
-        let lse = s.add(s.load_partial(largest_tail), log(s, s.load_partial(sum_tail)));
+        let lse = s.add(
+            s.load_partial(largest_tail),
+            log(s, s.load_partial(sum_tail)),
+        );
         s.store_partial(lse, largest_tail);
     }
 }
@@ -157,11 +189,15 @@ fn replay<S: Simd>(
     scale: f32,
     dropout: Option<BlockDropout>,
 ) {
-    let pairs = scores.chunks_exact_mut(TILE).zip(d_weights.chunks_exact_mut(TILE));
+    let pairs = scores
+        .chunks_exact_mut(TILE)
+        .zip(d_weights.chunks_exact_mut(TILE));
     for (r, (scores, d_weights)) in pairs.take(rows.limits.len()).enumerate() {
         let limit = rows.limits[r];
         let (lse, correlation) = (s.splat(rows.lse[r]), s.splat(rows.correlation[r]));
-        let chunks = row_vectors_mut(scores).iter_mut().zip(row_vectors_mut(d_weights));
+        let chunks = row_vectors_mut(scores)
+            .iter_mut()
+            .zip(row_vectors_mut(d_weights));
         for (v, (score, d_weight)) in chunks.enumerate() {
             if v * LANES >= limit {
                 s.store(s.zero(), score);
@@ -187,7 +223,12 @@ fn replay<S: Simd>(
 fn row_products<S: Simd>(s: S, a: &[f32], b: &[f32], padded: usize, out: &mut [f32]) {
     for ((a, b), out) in a.chunks_exact(padded).zip(b.chunks_exact(padded)).zip(out) {
         let mut sum = s.zero();
-        for (a, b) in a.as_chunks::<LANES>().0.iter().zip(b.as_chunks::<LANES>().0) {
+        for (a, b) in a
+            .as_chunks::<LANES>()
+            .0
+            .iter()
+            .zip(b.as_chunks::<LANES>().0)
+        {
             sum = s.fma(s.load(a), s.load(b), sum);
         }
         *out = s.sum(sum);
@@ -205,7 +246,10 @@ impl Kernels {
         state: OnlineState,
         dropout: Option<BlockDropout>,
     ) {
-        assert!(limits.len() <= MAX_ROWS && limits.iter().all(|limit| *limit <= TILE), "softmax_online: sizes");
+        assert!(
+            limits.len() <= MAX_ROWS && limits.iter().all(|limit| *limit <= TILE),
+            "softmax_online: sizes"
+        );
         dispatch!(
             *self,
             online<'a>(
@@ -216,7 +260,13 @@ impl Kernels {
     }
 
     /// Divides the weighted values by the sums and turns `largest` into the log-sum-exp.
-    pub(super) fn softmax_finish(&self, largest: &mut [f32], sum: &[f32], weighted: &mut [f32], padded: usize) {
+    pub(super) fn softmax_finish(
+        &self,
+        largest: &mut [f32],
+        sum: &[f32],
+        weighted: &mut [f32],
+        padded: usize,
+    ) {
         dispatch!(*self, finish(largest: &mut [f32], sum: &[f32], weighted: &mut [f32], padded: usize));
     }
 
@@ -230,7 +280,10 @@ impl Kernels {
         scale: f32,
         dropout: Option<BlockDropout>,
     ) {
-        assert!(rows.limits.iter().all(|limit| *limit <= TILE), "softmax_replay: sizes");
+        assert!(
+            rows.limits.iter().all(|limit| *limit <= TILE),
+            "softmax_replay: sizes"
+        );
         dispatch!(
             *self,
             replay<'a>(

@@ -13,7 +13,13 @@ pub(super) fn pack_rows<'a>(rows: impl Iterator<Item = &'a [f32]>, padded: usize
 }
 
 /// Transposes at most 64 rows of `dim` padded elements (stride `padded`) into `dim` rows of 64; missing rows become zeros.
-pub(super) fn transpose_rows(rows: &[f32], num_rows: usize, padded: usize, dim: usize, out: &mut [f32]) {
+pub(super) fn transpose_rows(
+    rows: &[f32],
+    num_rows: usize,
+    padded: usize,
+    dim: usize,
+    out: &mut [f32],
+) {
     out[..dim * TILE].fill(0.0);
     // Blocks of 16 x 16 keep both sides in the first-level cache.
     for first in (0..num_rows).step_by(LANES) {

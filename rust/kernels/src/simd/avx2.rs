@@ -55,7 +55,12 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn load(self, x: &[f32; LANES]) -> Self::F {
         // SAFETY: the token proves AVX2; 16 elements are readable.
-        unsafe { (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
+        unsafe {
+            (
+                _mm256_loadu_ps(x.as_ptr()),
+                _mm256_loadu_ps(x.as_ptr().add(8)),
+            )
+        }
     }
     #[inline(always)]
     fn store(self, x: Self::F, out: &mut [f32; LANES]) {
@@ -119,12 +124,22 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         // SAFETY: the token proves FMA.
-        unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+        unsafe {
+            (
+                _mm256_fmadd_ps(a.0, b.0, c.0),
+                _mm256_fmadd_ps(a.1, b.1, c.1),
+            )
+        }
     }
     #[inline(always)]
     fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         // SAFETY: the token proves FMA.
-        unsafe { (_mm256_fnmadd_ps(a.0, b.0, c.0), _mm256_fnmadd_ps(a.1, b.1, c.1)) }
+        unsafe {
+            (
+                _mm256_fnmadd_ps(a.0, b.0, c.0),
+                _mm256_fnmadd_ps(a.1, b.1, c.1),
+            )
+        }
     }
     #[inline(always)]
     fn min(self, a: Self::F, b: Self::F) -> Self::F {
@@ -140,7 +155,12 @@ impl Simd for Avx2 {
     fn round(self, a: Self::F) -> Self::F {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         // SAFETY: the token proves AVX2.
-        unsafe { (_mm256_round_ps::<NEAREST>(a.0), _mm256_round_ps::<NEAREST>(a.1)) }
+        unsafe {
+            (
+                _mm256_round_ps::<NEAREST>(a.0),
+                _mm256_round_ps::<NEAREST>(a.1),
+            )
+        }
     }
     #[inline(always)]
     fn scale_by_power(self, a: Self::F, n: Self::F) -> Self::F {
@@ -152,8 +172,10 @@ impl Simd for Avx2 {
                 let half = _mm256_srai_epi32::<1>(n);
                 let rest = _mm256_sub_epi32(n, half);
                 let bias = _mm256_set1_epi32(127);
-                let first = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias)));
-                let second = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(rest, bias)));
+                let first =
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias)));
+                let second =
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(rest, bias)));
                 _mm256_mul_ps(_mm256_mul_ps(a, first), second)
             }
         }
@@ -163,23 +185,41 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn less(self, a: Self::F, b: Self::F) -> Self::M {
         // SAFETY: the token proves AVX2.
-        unsafe { (_mm256_cmp_ps::<_CMP_LT_OQ>(a.0, b.0), _mm256_cmp_ps::<_CMP_LT_OQ>(a.1, b.1)) }
+        unsafe {
+            (
+                _mm256_cmp_ps::<_CMP_LT_OQ>(a.0, b.0),
+                _mm256_cmp_ps::<_CMP_LT_OQ>(a.1, b.1),
+            )
+        }
     }
     #[inline(always)]
     fn equal(self, a: Self::F, b: Self::F) -> Self::M {
         // SAFETY: the token proves AVX2.
-        unsafe { (_mm256_cmp_ps::<_CMP_EQ_OQ>(a.0, b.0), _mm256_cmp_ps::<_CMP_EQ_OQ>(a.1, b.1)) }
+        unsafe {
+            (
+                _mm256_cmp_ps::<_CMP_EQ_OQ>(a.0, b.0),
+                _mm256_cmp_ps::<_CMP_EQ_OQ>(a.1, b.1),
+            )
+        }
     }
     #[inline(always)]
     fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F {
         // SAFETY: the token proves AVX2.
-        unsafe { (_mm256_blendv_ps(b.0, a.0, m.0), _mm256_blendv_ps(b.1, a.1, m.1)) }
+        unsafe {
+            (
+                _mm256_blendv_ps(b.0, a.0, m.0),
+                _mm256_blendv_ps(b.1, a.1, m.1),
+            )
+        }
     }
     #[inline(always)]
     fn first(self, n: usize) -> Self::M {
         // SAFETY: the token proves AVX2.
         unsafe {
-            (_mm256_castsi256_ps(first8(self, n)), _mm256_castsi256_ps(first8(self, n.saturating_sub(8))))
+            (
+                _mm256_castsi256_ps(first8(self, n)),
+                _mm256_castsi256_ps(first8(self, n.saturating_sub(8))),
+            )
         }
     }
     #[inline(always)]
@@ -198,7 +238,10 @@ impl Simd for Avx2 {
     fn lane_index(self) -> Self::U {
         // SAFETY: the token proves AVX2.
         unsafe {
-            (_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))
+            (
+                _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15),
+            )
         }
     }
     #[inline(always)]
@@ -264,7 +307,10 @@ impl Simd for Avx2 {
         // SAFETY: the token proves AVX2.
         let four = unsafe {
             let eight = _mm256_add_ps(a.0, a.1);
-            _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight))
+            _mm_add_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            )
         };
         sum4(self, four)
     }
@@ -273,7 +319,10 @@ impl Simd for Avx2 {
         // SAFETY: the token proves AVX2.
         unsafe {
             let eight = _mm256_max_ps(a.0, a.1);
-            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let four = _mm_max_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
         }
@@ -304,14 +353,22 @@ impl Simd for Avx2 {
                 _mm256_extractf128_ps::<1>(x.1),
             )
         };
-        (quarter(self, acc.0, x0), quarter(self, acc.1, x1), quarter(self, acc.2, x2), quarter(self, acc.3, x3))
+        (
+            quarter(self, acc.0, x0),
+            quarter(self, acc.1, x1),
+            quarter(self, acc.2, x2),
+            quarter(self, acc.3, x3),
+        )
     }
     #[inline(always)]
     fn sum_d(self, a: Self::D) -> f64 {
         // SAFETY: the token proves AVX2.
         unsafe {
             let four = _mm256_add_pd(_mm256_add_pd(a.0, a.2), _mm256_add_pd(a.1, a.3));
-            let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
+            let two = _mm_add_pd(
+                _mm256_castpd256_pd128(four),
+                _mm256_extractf128_pd::<1>(four),
+            );
             _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
         }
     }

@@ -206,7 +206,10 @@ impl Simd for Avx512 {
         // SAFETY: the token proves AVX-512 and AVX2.
         unsafe {
             let eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
-            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let four = _mm_add_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }
@@ -216,7 +219,10 @@ impl Simd for Avx512 {
         // SAFETY: the token proves AVX-512 and AVX2.
         unsafe {
             let eight = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
-            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let four = _mm_max_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
         }
@@ -234,7 +240,10 @@ impl Simd for Avx512 {
         unsafe {
             let low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
             let high = _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(x));
-            (_mm512_fmadd_pd(low, low, acc.0), _mm512_fmadd_pd(high, high, acc.1))
+            (
+                _mm512_fmadd_pd(low, low, acc.0),
+                _mm512_fmadd_pd(high, high, acc.1),
+            )
         }
     }
     #[inline(always)]
@@ -242,8 +251,14 @@ impl Simd for Avx512 {
         // SAFETY: the token proves AVX-512 and AVX2.
         unsafe {
             let eight = _mm512_add_pd(a.0, a.1);
-            let four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd::<1>(eight));
-            let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
+            let four = _mm256_add_pd(
+                _mm512_castpd512_pd256(eight),
+                _mm512_extractf64x4_pd::<1>(eight),
+            );
+            let two = _mm_add_pd(
+                _mm256_castpd256_pd128(four),
+                _mm256_extractf128_pd::<1>(four),
+            );
             _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
         }
     }

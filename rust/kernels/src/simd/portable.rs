@@ -33,7 +33,11 @@ impl<T: Copy> Lanes<T> {
 /// Multiply-add of the portable level: fused where every CPU of the architecture has the instruction.
 #[inline(always)]
 pub(crate) fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
-    if cfg!(any(target_arch = "aarch64", target_feature = "fma")) { a.mul_add(b, c) } else { a * b + c }
+    if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+        a.mul_add(b, c)
+    } else {
+        a * b + c
+    }
 }
 
 /// The portable token; always available.
@@ -94,11 +98,15 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        Lanes(std::array::from_fn(|i| multiply_add(a.0[i], b.0[i], c.0[i])))
+        Lanes(std::array::from_fn(|i| {
+            multiply_add(a.0[i], b.0[i], c.0[i])
+        }))
     }
     #[inline(always)]
     fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        Lanes(std::array::from_fn(|i| multiply_add(-a.0[i], b.0[i], c.0[i])))
+        Lanes(std::array::from_fn(|i| {
+            multiply_add(-a.0[i], b.0[i], c.0[i])
+        }))
     }
     #[inline(always)]
     fn min(self, a: Self::F, b: Self::F) -> Self::F {
@@ -136,7 +144,9 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F {
-        Lanes(std::array::from_fn(|i| if m.0[i] { a.0[i] } else { b.0[i] }))
+        Lanes(std::array::from_fn(
+            |i| if m.0[i] { a.0[i] } else { b.0[i] },
+        ))
     }
     #[inline(always)]
     fn first(self, n: usize) -> Self::M {
