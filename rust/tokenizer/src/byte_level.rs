@@ -7,7 +7,9 @@
 pub fn bytes_in_id_order() -> [u8; 256] {
     let mut order = [0; 256];
     let all = || 0..=255u8;
-    let sorted = all().filter(|&b| is_printable(b)).chain(all().filter(|&b| !is_printable(b)));
+    let sorted = all()
+        .filter(|&b| is_printable(b))
+        .chain(all().filter(|&b| !is_printable(b)));
     for (slot, byte) in order.iter_mut().zip(sorted) {
         *slot = byte;
     }
@@ -18,44 +20,45 @@ fn is_printable(byte: u8) -> bool {
     matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF)
 }
 
+/// First of the characters that stand for bytes that are not printable.
+const FIRST_STAND_IN: u32 = 0x100;
+
 /// The two directions of the alphabet.
 pub struct Alphabet {
     characters: [char; 256],
+    /// By code point; `None` for characters below 0x100 that stand for no byte.
+    bytes: Vec<Option<u8>>,
 }
 
 impl Alphabet {
     /// The alphabet.
     pub fn new() -> Self {
         let mut characters = ['\0'; 256];
-        let mut next = 0x100;
+        let mut bytes = vec![None; FIRST_STAND_IN as usize];
         for byte in 0..=255u8 {
-            characters[usize::from(byte)] = if is_printable(byte) {
-                char::from(byte)
+            let code_point = if is_printable(byte) {
+                bytes[usize::from(byte)] = Some(byte);
+                u32::from(byte)
             } else {
-                next += 1;
-                char::from_u32(next - 1).unwrap_or('\0')
+                bytes.push(Some(byte));
+                bytes.len() as u32 - 1
             };
+            characters[usize::from(byte)] = char::from_u32(code_point).unwrap_or_default();
         }
-        Self { characters }
+        Self { characters, bytes }
     }
 
     /// A token's bytes as characters.
     pub fn encode(&self, bytes: &[u8]) -> String {
-        bytes.iter().map(|&b| self.characters[usize::from(b)]).collect()
+        bytes
+            .iter()
+            .map(|&b| self.characters[usize::from(b)])
+            .collect()
     }
 
     /// The bytes behind characters; `None` if one of them is not in the alphabet.
     pub fn decode(&self, text: &str) -> Option<Vec<u8>> {
-        text.chars().map(|c| self.byte(c)).collect()
-    }
-
-    fn byte(&self, character: char) -> Option<u8> {
-        match u32::from(character) {
-            code @ 0..=0xFF => u8::try_from(code).ok().filter(|&b| is_printable(b)),
-            // U+0100 + n is the n-th byte that is not printable.
-            code @ 0x100..=0x143 => (0..=255u8).filter(|&b| !is_printable(b)).nth(code as usize - 0x100),
-            _ => None,
-        }
+        text.chars().map(|c| *self.bytes.get(c as usize)?).collect()
     }
 }
 

@@ -11,7 +11,6 @@ const K1: u64 = 0x1319_8A2E_0370_7345;
 /// `HashMap` with [`FoldHasher`].
 pub(crate) type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<FoldHasher>>;
 
-
 /// The 128-bit product of two words, folded to 64 bits.
 #[inline(always)]
 pub(crate) fn fold(a: u64, b: u64) -> u64 {

@@ -81,6 +81,8 @@ pub(crate) fn map<Item: Sync, State: Send, Output: Send>(
         }
         Ok(())
     })?;
-    let outputs = done.into_iter().filter_map(|slot| slot.into_inner().ok().flatten());
+    let outputs = done
+        .into_iter()
+        .filter_map(|slot| slot.into_inner().ok().flatten());
     Ok(outputs.collect())
 }

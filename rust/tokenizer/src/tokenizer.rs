@@ -65,9 +65,16 @@ impl Tokenizer {
     /// # Errors
     /// No such file, a damaged one, or one that needs what is not supported.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let file = if path.is_dir() { path.join(FILE_NAME) } else { path.to_owned() };
+        let file = if path.is_dir() {
+            path.join(FILE_NAME)
+        } else {
+            path.to_owned()
+        };
         let loaded = tokenizer_json::load(&file)?;
-        Ok(Self::with_post_processor(loaded.vocabulary, loaded.post_processor))
+        Ok(Self::with_post_processor(
+            loaded.vocabulary,
+            loaded.post_processor,
+        ))
     }
 
     /// Read the contents of a `tokenizer.json`.
@@ -76,14 +83,21 @@ impl Tokenizer {
     /// As [`Self::from_file`].
     pub fn from_json(contents: &[u8]) -> Result<Self> {
         let loaded = tokenizer_json::parse(contents)?;
-        Ok(Self::with_post_processor(loaded.vocabulary, loaded.post_processor))
+        Ok(Self::with_post_processor(
+            loaded.vocabulary,
+            loaded.post_processor,
+        ))
     }
 
     /// Read tiktoken's rank file.
     ///
     /// # Errors
     /// No such file, a damaged one, or special tokens that clash with it.
-    pub fn from_tiktoken(path: &Path, pattern: Pattern, special_tokens: &[(String, u32)]) -> Result<Self> {
+    pub fn from_tiktoken(
+        path: &Path,
+        pattern: Pattern,
+        special_tokens: &[(String, u32)],
+    ) -> Result<Self> {
         Ok(Self::new(tiktoken::load(path, pattern, special_tokens)?))
     }
 
@@ -91,8 +105,16 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::from_tiktoken`].
-    pub fn from_ranks(contents: &[u8], pattern: Pattern, special_tokens: &[(String, u32)]) -> Result<Self> {
-        Ok(Self::new(tiktoken::parse(contents, pattern, special_tokens)?))
+    pub fn from_ranks(
+        contents: &[u8],
+        pattern: Pattern,
+        special_tokens: &[(String, u32)],
+    ) -> Result<Self> {
+        Ok(Self::new(tiktoken::parse(
+            contents,
+            pattern,
+            special_tokens,
+        )?))
     }
 
     /// Write `tokenizer.json` into a folder, or to a path that ends in `.json`. Where it was written.
@@ -100,8 +122,14 @@ impl Tokenizer {
     /// # Errors
     /// The file cannot be written, or the vocabulary has no form as merges.
     pub fn save(&self, path: &Path) -> Result<PathBuf> {
-        let is_file = path.extension().is_some_and(|extension| extension == "json");
-        let file = if is_file { path.to_owned() } else { path.join(FILE_NAME) };
+        let is_file = path
+            .extension()
+            .is_some_and(|extension| extension == "json");
+        let file = if is_file {
+            path.to_owned()
+        } else {
+            path.join(FILE_NAME)
+        };
         tokenizer_json::save(&file, &self.vocabulary, self.post_processor.as_ref())?;
         Ok(file)
     }
@@ -121,7 +149,8 @@ impl Tokenizer {
     pub fn contents(&self) -> Result<(FileKind, Vec<u8>)> {
         match self.vocabulary.rule() {
             MergeRule::Listed { .. } => {
-                let text = tokenizer_json::contents(&self.vocabulary, self.post_processor.as_ref())?;
+                let text =
+                    tokenizer_json::contents(&self.vocabulary, self.post_processor.as_ref())?;
                 Ok((FileKind::TokenizerJson, text.into_bytes()))
             }
             MergeRule::Ranks => Ok((FileKind::Tiktoken, tiktoken::contents(&self.vocabulary)?)),
@@ -145,12 +174,22 @@ impl Tokenizer {
             Specials::All => true,
             Specials::These(names) => names.contains(&token.content),
         };
-        let found = self.vocabulary.added().iter().filter(|token| !token.special || is_allowed(token));
+        let found = self
+            .vocabulary
+            .added()
+            .iter()
+            .filter(|token| !token.special || is_allowed(token));
         let refused_names: BTreeMap<u32, String> = match disallowed {
             Specials::All => (0..)
-                .zip(self.special_tokens().filter(|token| !is_allowed(token)).map(|token| token.content.clone()))
+                .zip(
+                    self.special_tokens()
+                        .filter(|token| !is_allowed(token))
+                        .map(|token| token.content.clone()),
+                )
                 .collect(),
-            Specials::These(names) => (0..).zip(names.iter().filter(|name| !name.is_empty()).cloned()).collect(),
+            Specials::These(names) => (0..)
+                .zip(names.iter().filter(|name| !name.is_empty()).cloned())
+                .collect(),
         };
         let refused: Vec<AddedToken> = refused_names
             .iter()
@@ -179,7 +218,12 @@ impl Tokenizer {
     ///
     /// # Errors
     /// A disallowed special token, or `tick` asked to stop.
-    pub fn encode(&self, text: &[u8], policy: &SpecialPolicy, tick: &mut Tick<'_>) -> Result<Vec<u32>> {
+    pub fn encode(
+        &self,
+        text: &[u8],
+        policy: &SpecialPolicy,
+        tick: &mut Tick<'_>,
+    ) -> Result<Vec<u32>> {
         policy.check(text)?;
         self.encoder.encode(text, &policy.found, tick)
     }
@@ -198,7 +242,8 @@ impl Tokenizer {
         for text in texts {
             policy.check(text)?;
         }
-        self.encoder.encode_batch(texts, &policy.found, threads, tick)
+        self.encoder
+            .encode_batch(texts, &policy.found, threads, tick)
     }
 
     /// Encode a file, whose special tokens are ordinary text, into a `.npy` array: `uint16` if the vocabulary fits (up to 65,536 ids),
@@ -206,12 +251,23 @@ impl Tokenizer {
     ///
     /// # Errors
     /// A file cannot be read or written, or `tick` asked to stop.
-    pub fn encode_file(&self, path: &Path, output: &Path, threads: usize, tick: &mut Tick<'_>) -> Result<u64> {
-        let policy = self.special_policy(&Specials::These(Vec::new()), &Specials::These(Vec::new()));
+    pub fn encode_file(
+        &self,
+        path: &Path,
+        output: &Path,
+        threads: usize,
+        tick: &mut Tick<'_>,
+    ) -> Result<u64> {
+        let policy =
+            self.special_policy(&Specials::These(Vec::new()), &Specials::These(Vec::new()));
         let mut blocks = Blocks::open(path, BLOCK * threads.max(1))?;
         let mut writer = NpyWriter::create(output, self.vocabulary.len())?;
-        while let Some(block) = blocks.next_block(|text, position| !self.always.spans(text, position))? {
-            let (ids, _) = self.encoder.encode_batch(&[block], &policy.found, threads, tick)?;
+        while let Some(block) =
+            blocks.next_block(|text, position| !self.always.spans(text, position))?
+        {
+            let (ids, _) = self
+                .encoder
+                .encode_batch(&[block], &policy.found, threads, tick)?;
             writer.append(&ids)?;
             if tick().is_break() {
                 return Err(TokenizerError::Interrupted);
@@ -227,7 +283,9 @@ impl Tokenizer {
     pub fn decode(&self, ids: impl IntoIterator<Item = i64>) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         for (index, id) in ids.into_iter().enumerate() {
-            let token = u32::try_from(id).ok().and_then(|id| self.vocabulary.token(id));
+            let token = u32::try_from(id)
+                .ok()
+                .and_then(|id| self.vocabulary.token(id));
             let unknown = || TokenizerError::UnknownId {
                 id,
                 index,
@@ -253,7 +311,11 @@ impl SpecialPolicy {
         match self.refused.find(text, 0) {
             None => Ok(()),
             Some(found) => Err(TokenizerError::DisallowedSpecial {
-                token: self.refused_names.get(&found.id).cloned().unwrap_or_default(),
+                token: self
+                    .refused_names
+                    .get(&found.id)
+                    .cloned()
+                    .unwrap_or_default(),
                 position: found.start,
             }),
         }

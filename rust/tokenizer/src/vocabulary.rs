@@ -74,7 +74,10 @@ impl Vocabulary {
             mut added,
         } = parts;
         added.sort_by_key(|token| token.id);
-        let mut all: BTreeMap<u32, &[u8]> = tokens.iter().map(|(&id, bytes)| (id, bytes.as_slice())).collect();
+        let mut all: BTreeMap<u32, &[u8]> = tokens
+            .iter()
+            .map(|(&id, bytes)| (id, bytes.as_slice()))
+            .collect();
         for token in &added {
             if all.insert(token.id, token.content.as_bytes()).is_some() {
                 return Err(complaint(format!(
@@ -85,10 +88,14 @@ impl Vocabulary {
         }
         check_added(&added)?;
         let Some((&last, _)) = all.last_key_value() else {
-            return Err(complaint("the vocabulary is empty: it needs at least the 256 bytes"));
+            return Err(complaint(
+                "the vocabulary is empty: it needs at least the 256 bytes",
+            ));
         };
         if last > MAX_ID {
-            return Err(complaint(format!("token id {last} is too large: ids go up to {MAX_ID}")));
+            return Err(complaint(format!(
+                "token id {last} is too large: ids go up to {MAX_ID}"
+            )));
         }
         if last as usize > 4 * all.len() + 65_536 {
             return Err(complaint(format!(
@@ -135,7 +142,9 @@ impl Vocabulary {
                 merges: Vec::new(),
                 ignore_merges: false,
             },
-            tokens: (0..=255u8).map(|byte| (u32::from(byte), vec![byte])).collect(),
+            tokens: (0..=255u8)
+                .map(|byte| (u32::from(byte), vec![byte]))
+                .collect(),
             added: Vec::new(),
         };
         Self::new(parts).expect("256 bytes are a vocabulary")
@@ -145,12 +154,17 @@ impl Vocabulary {
     ///
     /// # Errors
     /// A special token that is also an ordinary one, is empty, or is given twice.
-    pub fn from_merges(pattern: Pattern, merges: Vec<(u32, u32)>, special_tokens: &[String]) -> Result<Self> {
+    pub fn from_merges(
+        pattern: Pattern,
+        merges: Vec<(u32, u32)>,
+        special_tokens: &[String],
+    ) -> Result<Self> {
         let mut list: Vec<Vec<u8>> = bytes_in_id_order().iter().map(|&b| vec![b]).collect();
         for &(left, right) in &merges {
             let part = |id: u32| {
-                list.get(id as usize)
-                    .ok_or_else(|| complaint(format!("merge of token {id}, which no earlier merge makes")))
+                list.get(id as usize).ok_or_else(|| {
+                    complaint(format!("merge of token {id}, which no earlier merge makes"))
+                })
             };
             let token = [part(left)?.as_slice(), part(right)?.as_slice()].concat();
             list.push(token);
@@ -158,7 +172,10 @@ impl Vocabulary {
         let alphabet = Alphabet::new();
         for token in special_tokens {
             // In files a special token and an ordinary one with the same string cannot be told apart.
-            if alphabet.decode(token).is_some_and(|bytes| list.contains(&bytes)) {
+            if alphabet
+                .decode(token)
+                .is_some_and(|bytes| list.contains(&bytes))
+            {
                 return Err(TokenizerError::Setting(format!(
                     "special token {token:?} is also an ordinary token of this text: choose a string that text does not contain, \
                      such as \"<|{token}|>\""
@@ -166,11 +183,14 @@ impl Vocabulary {
             }
         }
         let first = list.len();
-        let added = special_tokens.iter().enumerate().map(|(i, content)| AddedToken {
-            content: content.clone(),
-            id: (first + i) as u32,
-            special: true,
-        });
+        let added = special_tokens
+            .iter()
+            .enumerate()
+            .map(|(i, content)| AddedToken {
+                content: content.clone(),
+                id: (first + i) as u32,
+                special: true,
+            });
         Self::new(Parts {
             pattern,
             added: added.collect(),
@@ -224,8 +244,13 @@ impl Vocabulary {
     /// Ids and bytes of the tokens that are not added, ascending by id.
     pub fn ordinary(&self) -> impl Iterator<Item = (u32, &[u8])> {
         (0..self.len() as u32).filter_map(|id| {
-            let is_added = self.added.binary_search_by_key(&id, |token| token.id).is_ok();
-            self.token(id).filter(|_| !is_added).map(|bytes| (id, bytes))
+            let is_added = self
+                .added
+                .binary_search_by_key(&id, |token| token.id)
+                .is_ok();
+            self.token(id)
+                .filter(|_| !is_added)
+                .map(|bytes| (id, bytes))
         })
     }
 
@@ -244,9 +269,20 @@ impl Vocabulary {
         put(self.pattern.name().as_bytes());
         match &self.rule {
             MergeRule::Ranks => put(b"ranks"),
-            MergeRule::Listed { merges, ignore_merges } => {
-                put(if *ignore_merges { b"listed, whole pieces first" } else { b"listed" });
-                let pairs: Vec<u8> = merges.iter().flat_map(|&(l, r)| [l.to_le_bytes(), r.to_le_bytes()]).flatten().collect();
+            MergeRule::Listed {
+                merges,
+                ignore_merges,
+            } => {
+                put(if *ignore_merges {
+                    b"listed, whole pieces first"
+                } else {
+                    b"listed"
+                });
+                let pairs: Vec<u8> = merges
+                    .iter()
+                    .flat_map(|&(l, r)| [l.to_le_bytes(), r.to_le_bytes()])
+                    .flatten()
+                    .collect();
                 put(&pairs);
             }
         }
@@ -272,7 +308,9 @@ fn ids_of_bytes(tokens: &BTreeMap<u32, Vec<u8>>) -> Result<FastMap<&[u8], u32>> 
             return Err(complaint(format!("token {id} is empty")));
         }
         if let Some(other) = ids.insert(bytes.as_slice(), id) {
-            return Err(complaint(format!("tokens {other} and {id} have the same bytes")));
+            return Err(complaint(format!(
+                "tokens {other} and {id} have the same bytes"
+            )));
         }
     }
     Ok(ids)
@@ -282,20 +320,33 @@ fn check_added(added: &[AddedToken]) -> Result<()> {
     let mut contents: Vec<&str> = added.iter().map(|token| token.content.as_str()).collect();
     contents.sort_unstable();
     if contents.first() == Some(&"") {
-        return Err(TokenizerError::Setting("a special token is empty: give it at least one character".to_owned()));
+        return Err(TokenizerError::Setting(
+            "a special token is empty: give it at least one character".to_owned(),
+        ));
     }
     match contents.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(TokenizerError::Setting(format!("special token {:?} is given twice", pair[0]))),
+        Some(pair) => Err(TokenizerError::Setting(format!(
+            "special token {:?} is given twice",
+            pair[0]
+        ))),
         None => Ok(()),
     }
 }
 
-fn check_merges(merges: &[(u32, u32)], tokens: &BTreeMap<u32, Vec<u8>>, ids: &FastMap<&[u8], u32>) -> Result<()> {
+fn check_merges(
+    merges: &[(u32, u32)],
+    tokens: &BTreeMap<u32, Vec<u8>>,
+    ids: &FastMap<&[u8], u32>,
+) -> Result<()> {
     let mut joined = Vec::new();
     for (rank, &(left, right)) in merges.iter().enumerate() {
         joined.clear();
         for id in [left, right] {
-            let part = tokens.get(&id).ok_or_else(|| complaint(format!("merge {rank} uses token id {id}, which no token has")))?;
+            let part = tokens.get(&id).ok_or_else(|| {
+                complaint(format!(
+                    "merge {rank} uses token id {id}, which no token has"
+                ))
+            })?;
             joined.extend_from_slice(part);
         }
         if !ids.contains_key(joined.as_slice()) {

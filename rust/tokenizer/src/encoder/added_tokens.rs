@@ -31,7 +31,10 @@ struct Node {
 
 impl Node {
     fn child(&self, byte: u8) -> Option<usize> {
-        let index = self.children.binary_search_by_key(&byte, |&(b, _)| b).ok()?;
+        let index = self
+            .children
+            .binary_search_by_key(&byte, |&(b, _)| b)
+            .ok()?;
         Some(self.children[index].1)
     }
 }
@@ -103,7 +106,10 @@ impl Matcher {
     /// Whether some string of the set starts before `position` and ends after it.
     pub fn spans(&self, text: &[u8], position: usize) -> bool {
         let first = position.saturating_sub(self.longest.saturating_sub(1));
-        (first..position).any(|start| self.longest_at(text, start).is_some_and(|(end, _)| end > position))
+        (first..position).any(|start| {
+            self.longest_at(text, start)
+                .is_some_and(|(end, _)| end > position)
+        })
     }
 
     /// The longest string of the set that starts at `start`: its end and id.

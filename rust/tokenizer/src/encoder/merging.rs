@@ -27,7 +27,13 @@ pub(super) fn merge_piece(
     scratch: &mut Scratch,
     out: &mut Vec<u32>,
 ) {
-    merge_with(|left, right| table.get(left, right), byte_ids, piece, scratch, out);
+    merge_with(
+        |left, right| table.get(left, right),
+        byte_ids,
+        piece,
+        scratch,
+        out,
+    );
 }
 
 /// As [`merge_piece`], but only with the merges of priority smaller than `rank`.
@@ -62,7 +68,12 @@ fn merge_with(
 }
 
 /// Quadratic in the length, but on arrays of at most [`SHORT`] entries.
-fn merge_short(merge_of: impl Fn(u32, u32) -> Merge, byte_ids: &[u32; 256], piece: &[u8], out: &mut Vec<u32>) {
+fn merge_short(
+    merge_of: impl Fn(u32, u32) -> Merge,
+    byte_ids: &[u32; 256],
+    piece: &[u8],
+    out: &mut Vec<u32>,
+) {
     let mut ids = [0u32; SHORT];
     // merges[i]: how tokens i and i + 1 merge.
     let mut merges = [NONE; SHORT];
@@ -128,7 +139,10 @@ fn merge_long(
     merges.clear();
     merges.extend(ids.windows(2).map(|pair| merge_of(pair[0], pair[1])));
     merges.push(NONE);
-    let known = merges.iter().enumerate().filter(|&(_, &merge)| merge != NONE);
+    let known = merges
+        .iter()
+        .enumerate()
+        .filter(|&(_, &merge)| merge != NONE);
     heap.extend(known.map(|(i, &merge)| Reverse((merge, i))));
 
     while let Some(Reverse((merge, at))) = heap.pop() {

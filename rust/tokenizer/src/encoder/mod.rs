@@ -77,7 +77,12 @@ impl Encoder {
             MergeRule::Listed { ignore_merges, .. } => *ignore_merges,
             MergeRule::Ranks => true,
         };
-        let whole = || vocabulary.ordinary().map(|(id, token)| (token.into(), id)).collect();
+        let whole = || {
+            vocabulary
+                .ordinary()
+                .map(|(id, token)| (token.into(), id))
+                .collect()
+        };
         Self {
             pattern: vocabulary.pattern(),
             table: PairTable::new(vocabulary),
@@ -117,10 +122,16 @@ impl Encoder {
         tick: &mut Tick<'_>,
     ) -> Result<(Vec<u32>, Vec<i64>)> {
         let num_bytes: usize = texts.iter().map(|text| text.len()).sum();
-        let threads = if num_bytes < PARALLEL_FROM { 1 } else { threads.max(1) };
+        let threads = if num_bytes < PARALLEL_FROM {
+            1
+        } else {
+            threads.max(1)
+        };
         let jobs = make_jobs(texts, added);
         let mut ticker = Ticker::new(tick);
-        let mut workers: Vec<Worker> = (0..threads.min(jobs.len()).max(1)).map(|_| self.borrow_worker()).collect();
+        let mut workers: Vec<Worker> = (0..threads.min(jobs.len()).max(1))
+            .map(|_| self.borrow_worker())
+            .collect();
         let encode_job = |worker: &mut Worker, job: &Job<'_>| {
             let mut ids = Ids {
                 slots: vec![0; job.num_bytes() / 3 + 8],
@@ -194,7 +205,13 @@ impl Encoder {
             worker.piece.push(id);
             return;
         }
-        merge_piece(&self.table, &self.byte_ids, piece, &mut worker.scratch, &mut worker.piece);
+        merge_piece(
+            &self.table,
+            &self.byte_ids,
+            piece,
+            &mut worker.scratch,
+            &mut worker.piece,
+        );
     }
 
     fn borrow_worker(&self) -> Worker {

@@ -14,7 +14,10 @@ pub(crate) fn merges_of_ranks(vocabulary: &Vocabulary) -> Option<Vec<(u32, u32)>
             ranked = Vocabulary::new(Parts {
                 pattern: vocabulary.pattern(),
                 rule: MergeRule::Ranks,
-                tokens: vocabulary.ordinary().map(|(id, token)| (id, token.to_vec())).collect(),
+                tokens: vocabulary
+                    .ordinary()
+                    .map(|(id, token)| (id, token.to_vec()))
+                    .collect(),
                 added: Vec::new(),
             })
             .ok()?;
@@ -27,7 +30,14 @@ pub(crate) fn merges_of_ranks(vocabulary: &Vocabulary) -> Option<Vec<(u32, u32)>
     let mut pair = Vec::new();
     for (id, token) in vocabulary.ordinary().filter(|(_, token)| token.len() > 1) {
         pair.clear();
-        merge_piece_below(id, &table, vocabulary.byte_ids(), token, &mut scratch, &mut pair);
+        merge_piece_below(
+            id,
+            &table,
+            vocabulary.byte_ids(),
+            token,
+            &mut scratch,
+            &mut pair,
+        );
         match pair[..] {
             [left, right] => merges.push((left, right)),
             _ => return None,

@@ -17,10 +17,15 @@ pub(crate) struct AtomicFile {
 impl AtomicFile {
     /// Start writing what will be `target`; folders above it are made.
     pub fn create(target: &Path) -> Result<Self> {
-        if let Some(folder) = target.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        if let Some(folder) = target
+            .parent()
+            .filter(|folder| !folder.as_os_str().is_empty())
+        {
             fs::create_dir_all(folder).map_err(|error| TokenizerError::io(folder, error))?;
         }
-        let mut name = target.file_name().map_or_else(OsString::new, ToOwned::to_owned);
+        let mut name = target
+            .file_name()
+            .map_or_else(OsString::new, ToOwned::to_owned);
         name.push(format!(".{}.partial", process::id()));
         let partial = target.with_file_name(name);
         let file = File::create(&partial).map_err(|error| TokenizerError::io(target, error))?;
@@ -45,16 +50,21 @@ impl AtomicFile {
     pub fn write(target: &Path, contents: &[u8]) -> Result<()> {
         use std::io::Write;
         let atomic = Self::create(target)?;
-        atomic.file().write_all(contents).map_err(|error| TokenizerError::io(target, error))?;
+        atomic
+            .file()
+            .write_all(contents)
+            .map_err(|error| TokenizerError::io(target, error))?;
         atomic.commit()
     }
 
     /// Make sure that the contents are on disk, then give the file its name.
     pub fn commit(mut self) -> Result<()> {
         if let Some(file) = self.file.take() {
-            file.sync_all().map_err(|error| TokenizerError::io(&self.target, error))?;
+            file.sync_all()
+                .map_err(|error| TokenizerError::io(&self.target, error))?;
         }
-        fs::rename(&self.partial, &self.target).map_err(|error| TokenizerError::io(&self.target, error))
+        fs::rename(&self.partial, &self.target)
+            .map_err(|error| TokenizerError::io(&self.target, error))
     }
 }
 

@@ -38,13 +38,16 @@ impl NpyWriter {
     pub fn append(&mut self, ids: &[u32]) -> Result<()> {
         self.buffer.clear();
         if self.wide {
-            self.buffer.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+            self.buffer
+                .extend(ids.iter().flat_map(|id| id.to_le_bytes()));
         } else {
-            self.buffer.extend(ids.iter().flat_map(|&id| (id as u16).to_le_bytes()));
+            self.buffer
+                .extend(ids.iter().flat_map(|&id| (id as u16).to_le_bytes()));
         }
         self.num_ids += ids.len() as u64;
         let mut file = self.atomic.file();
-        file.write_all(&self.buffer).map_err(|error| TokenizerError::io(self.atomic.path(), error))
+        file.write_all(&self.buffer)
+            .map_err(|error| TokenizerError::io(self.atomic.path(), error))
     }
 
     /// Write the length, and give the file its name. Number of ids.
@@ -57,7 +60,10 @@ impl NpyWriter {
 
     fn write_header(&mut self) -> Result<()> {
         let kind = if self.wide { "<u4" } else { "<u2" };
-        let dict = format!("{{'descr': '{kind}', 'fortran_order': False, 'shape': ({},), }}", self.num_ids);
+        let dict = format!(
+            "{{'descr': '{kind}', 'fortran_order': False, 'shape': ({},), }}",
+            self.num_ids
+        );
         let mut header = b"\x93NUMPY\x01\x00".to_vec();
         header.extend_from_slice(&(HEADER as u16 - 10).to_le_bytes());
         header.extend_from_slice(dict.as_bytes());

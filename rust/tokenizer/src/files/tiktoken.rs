@@ -35,7 +35,11 @@ pub fn load(path: &Path, pattern: Pattern, special_tokens: &[(String, u32)]) -> 
 ///
 /// # Errors
 /// As [`load`], but without a path in the message.
-pub fn parse(contents: &[u8], pattern: Pattern, special_tokens: &[(String, u32)]) -> Result<Vocabulary> {
+pub fn parse(
+    contents: &[u8],
+    pattern: Pattern,
+    special_tokens: &[(String, u32)],
+) -> Result<Vocabulary> {
     let mut tokens = BTreeMap::new();
     for (number, line) in contents.split(|&byte| byte == b'\n').enumerate() {
         let line = line.trim_ascii();
@@ -49,7 +53,10 @@ pub fn parse(contents: &[u8], pattern: Pattern, special_tokens: &[(String, u32)]
             ))
         })?;
         if tokens.insert(rank, token).is_some() {
-            return Err(TokenizerError::Vocabulary(format!("line {}: rank {rank} is given twice", number + 1)));
+            return Err(TokenizerError::Vocabulary(format!(
+                "line {}: rank {rank} is given twice",
+                number + 1
+            )));
         }
     }
     let added = special_tokens.iter().map(|(content, id)| AddedToken {

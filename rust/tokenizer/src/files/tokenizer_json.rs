@@ -29,7 +29,9 @@ pub struct TokenizerJson {
 pub fn load(path: &Path) -> Result<TokenizerJson> {
     let text = fs::read(path).map_err(|error| TokenizerError::io(path, error))?;
     parse(&text).map_err(|error| match error {
-        TokenizerError::Vocabulary(message) | TokenizerError::Setting(message) => TokenizerError::file(path, message),
+        TokenizerError::Vocabulary(message) | TokenizerError::Setting(message) => {
+            TokenizerError::file(path, message)
+        }
         other => other,
     })
 }
@@ -70,6 +72,10 @@ struct File {
 }
 
 #[derive(Deserialize)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "the fields are those of the file"
+)]
 struct AddedEntry {
     id: u32,
     content: String,
@@ -108,7 +114,9 @@ impl MergeEntry {
     fn parts(&self) -> Option<(&str, &str)> {
         match self {
             Self::Pair(left, right) => Some((left, right)),
-            Self::Line(line) => line.split_once(' ').filter(|(_, right)| !right.contains(' ')),
+            Self::Line(line) => line
+                .split_once(' ')
+                .filter(|(_, right)| !right.contains(' ')),
         }
     }
 }
@@ -118,10 +126,13 @@ impl MergeEntry {
 /// # Errors
 /// As [`load`], but without a path in the message.
 pub fn parse(contents: &[u8]) -> Result<TokenizerJson> {
-    let no_json = |error: serde_json::Error| complaint(format!("not a tokenizer.json, or damaged: {error}"));
+    let no_json =
+        |error: serde_json::Error| complaint(format!("not a tokenizer.json, or damaged: {error}"));
     let outline: Outline = serde_json::from_slice(contents).map_err(no_json)?;
     if let Some(kind) = outline.model.kind.filter(|kind| kind != "BPE") {
-        return Err(complaint(format!("its model is {kind}: only byte-level BPE is supported")));
+        return Err(complaint(format!(
+            "its model is {kind}: only byte-level BPE is supported"
+        )));
     }
     let file: File = serde_json::from_slice(contents).map_err(no_json)?;
     check_model(&file.model)?;
@@ -132,8 +143,13 @@ pub fn parse(contents: &[u8]) -> Result<TokenizerJson> {
         )));
     }
     let pattern = pattern_of(file.pre_tokenizer.as_ref())?;
-    if let Some(decoder) = &file.decoder && kind_of(decoder) != "ByteLevel" {
-        return Err(complaint(format!("its decoder is {}: only ByteLevel is supported", kind_of(decoder))));
+    if let Some(decoder) = &file.decoder
+        && kind_of(decoder) != "ByteLevel"
+    {
+        return Err(complaint(format!(
+            "its decoder is {}: only ByteLevel is supported",
+            kind_of(decoder)
+        )));
     }
     let added = added_tokens(&file)?;
     let (tokens, rule) = tables(&file.model, &added)?;
@@ -153,12 +169,17 @@ fn check_model(model: &Model) -> Result<()> {
     let is_set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     let unsupported = [
         ("dropout", model.dropout.is_some_and(|p| p > 0.0)),
-        ("continuing_subword_prefix", is_set(&model.continuing_subword_prefix)),
+        (
+            "continuing_subword_prefix",
+            is_set(&model.continuing_subword_prefix),
+        ),
         ("end_of_word_suffix", is_set(&model.end_of_word_suffix)),
         ("byte_fallback", model.byte_fallback),
     ];
     match unsupported.iter().find(|(_, set)| *set) {
-        Some((name, _)) => Err(complaint(format!("its model sets {name}: only plain byte-level BPE is supported"))),
+        Some((name, _)) => Err(complaint(format!(
+            "its model sets {name}: only plain byte-level BPE is supported"
+        ))),
         None => Ok(()),
     }
 }
@@ -172,9 +193,17 @@ fn added_tokens(file: &File) -> Result<Vec<AddedToken>> {
             ("rstrip", entry.rstrip),
         ];
         if let Some((flag, _)) = flags.iter().find(|(_, set)| *set) {
-            return Err(complaint(format!("its added token {:?} sets {flag}, which is not supported", entry.content)));
+            return Err(complaint(format!(
+                "its added token {:?} sets {flag}, which is not supported",
+                entry.content
+            )));
         }
-        if let Some(&id) = file.model.vocab.get(&entry.content).filter(|&&id| id != entry.id) {
+        if let Some(&id) = file
+            .model
+            .vocab
+            .get(&entry.content)
+            .filter(|&&id| id != entry.id)
+        {
             return Err(complaint(format!(
                 "added token {:?} has id {} but the vocabulary says {id}: the file is damaged",
                 entry.content, entry.id
@@ -194,21 +223,28 @@ fn tables(model: &Model, added: &[AddedToken]) -> Result<(BTreeMap<u32, Vec<u8>>
     let alphabet = Alphabet::new();
     let mut tokens = BTreeMap::new();
     for (content, &id) in &model.vocab {
-        if added.iter().any(|token| token.id == id && token.content == *content) {
+        if added
+            .iter()
+            .any(|token| token.id == id && token.content == *content)
+        {
             continue;
         }
         let bytes = alphabet.decode(content).ok_or_else(|| {
             complaint(format!("token {content:?} (id {id}) is not in the byte-level alphabet: only byte-level BPE is supported"))
         })?;
         if tokens.insert(id, bytes).is_some() {
-            return Err(complaint(format!("two tokens have id {id}: the file is damaged")));
+            return Err(complaint(format!(
+                "two tokens have id {id}: the file is damaged"
+            )));
         }
     }
     let mut merges = Vec::with_capacity(model.merges.len());
     for (rank, entry) in model.merges.iter().enumerate() {
-        let (left, right) = entry
-            .parts()
-            .ok_or_else(|| complaint(format!("merge {rank} is not two tokens: the file is damaged")))?;
+        let (left, right) = entry.parts().ok_or_else(|| {
+            complaint(format!(
+                "merge {rank} is not two tokens: the file is damaged"
+            ))
+        })?;
         let id = |part: &str| {
             model
                 .vocab
@@ -226,59 +262,84 @@ fn tables(model: &Model, added: &[AddedToken]) -> Result<(BTreeMap<u32, Vec<u8>>
 }
 
 fn kind_of(part: &Value) -> &str {
-    part.get("type").and_then(Value::as_str).unwrap_or("without a type")
+    part.get("type")
+        .and_then(Value::as_str)
+        .unwrap_or("without a type")
 }
 
 /// Which pattern a pre-tokenizer amounts to.
 fn pattern_of(pre_tokenizer: Option<&Value>) -> Result<Pattern> {
     let Some(part) = pre_tokenizer else {
-        return Err(complaint("it has no pre_tokenizer: only byte-level BPE is supported"));
+        return Err(complaint(
+            "it has no pre_tokenizer: only byte-level BPE is supported",
+        ));
     };
     let single = [part.clone()];
-    let parts = match (kind_of(part), part.get("pretokenizers").and_then(Value::as_array)) {
+    let parts = match (
+        kind_of(part),
+        part.get("pretokenizers").and_then(Value::as_array),
+    ) {
         ("Sequence", Some(parts)) => parts.as_slice(),
         _ => single.as_slice(),
     };
-    let flag = |part: &Value, name: &str, default: bool| part.get(name).and_then(Value::as_bool).unwrap_or(default);
+    let flag = |part: &Value, name: &str, default: bool| {
+        part.get(name).and_then(Value::as_bool).unwrap_or(default)
+    };
     let [first @ .., last] = parts else {
         return Err(complaint("its pre_tokenizer is an empty sequence"));
     };
     if kind_of(last) != "ByteLevel" {
-        return Err(complaint(format!("its pre_tokenizer ends in {}: only byte-level BPE is supported", kind_of(last))));
+        return Err(complaint(format!(
+            "its pre_tokenizer ends in {}: only byte-level BPE is supported",
+            kind_of(last)
+        )));
     }
     if flag(last, "add_prefix_space", true) {
-        return Err(complaint("its pre_tokenizer sets add_prefix_space, which is not supported"));
+        return Err(complaint(
+            "its pre_tokenizer sets add_prefix_space, which is not supported",
+        ));
     }
     match (first, flag(last, "use_regex", true)) {
         ([], true) => return Ok(Pattern::Gpt2),
-        ([digits], true) if kind_of(digits) == "Digits" && flag(digits, "individual_digits", false) => {
+        ([digits], true)
+            if kind_of(digits) == "Digits" && flag(digits, "individual_digits", false) =>
+        {
             return Ok(Pattern::Smollm);
         }
         ([split], false) if kind_of(split) == "Split" && keeps_all_matches(split) => {
-            let regex = split.pointer("/pattern/Regex").and_then(Value::as_str).unwrap_or_default();
+            let regex = split
+                .pointer("/pattern/Regex")
+                .and_then(Value::as_str)
+                .unwrap_or_default();
             if let Some(pattern) = Pattern::from_regex(regex) {
                 return Ok(pattern);
             }
-            return Err(complaint(format!("its pattern is not one that ingot knows: {regex}")));
+            return Err(complaint(format!(
+                "its pattern is not one that ingot knows: {regex}"
+            )));
         }
         _ => {}
     }
     let kinds: Vec<&str> = parts.iter().map(kind_of).collect();
-    Err(complaint(format!("its pre_tokenizer ({}) is not one that ingot knows", kinds.join(", "))))
+    Err(complaint(format!(
+        "its pre_tokenizer ({}) is not one that ingot knows",
+        kinds.join(", ")
+    )))
 }
 
 /// The known patterns match every character, so that each match is a piece in both of these forms.
 fn keeps_all_matches(split: &Value) -> bool {
     let behavior = split.get("behavior").and_then(Value::as_str);
     let invert = split.get("invert").and_then(Value::as_bool);
-    matches!((behavior, invert), (Some("Isolated"), _) | (Some("Removed"), Some(true)))
+    matches!(
+        (behavior, invert),
+        (Some("Isolated"), _) | (Some("Removed"), Some(true))
+    )
 }
 
 /// The pre-tokenizer that cuts as the pattern does.
 fn pre_tokenizer(pattern: Pattern) -> Value {
-    let byte_level = |use_regex: bool| {
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
-    };
+    let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
     match pattern {
         Pattern::Gpt2 => byte_level(true),
         Pattern::Smollm => json!({
@@ -338,7 +399,11 @@ impl Serialize for VocabOut {
 /// # Errors
 /// A vocabulary without a list of merges: ranks of which some token is not made by one merge of two others.
 pub fn contents(vocabulary: &Vocabulary, post_processor: Option<&Value>) -> Result<String> {
-    let MergeRule::Listed { merges, ignore_merges } = vocabulary.rule() else {
+    let MergeRule::Listed {
+        merges,
+        ignore_merges,
+    } = vocabulary.rule()
+    else {
         return Err(complaint(
             "this vocabulary cannot be a tokenizer.json: some of its tokens are not made by one merge of two others, which only \
              tiktoken's rule allows; write it with save_tiktoken",
@@ -349,8 +414,16 @@ pub fn contents(vocabulary: &Vocabulary, post_processor: Option<&Value>) -> Resu
     for (id, token) in vocabulary.ordinary() {
         names[id as usize] = alphabet.encode(token);
     }
-    let mut vocab: Vec<(String, u32)> = vocabulary.ordinary().map(|(id, _)| (names[id as usize].clone(), id)).collect();
-    vocab.extend(vocabulary.added().iter().map(|token| (token.content.clone(), token.id)));
+    let mut vocab: Vec<(String, u32)> = vocabulary
+        .ordinary()
+        .map(|(id, _)| (names[id as usize].clone(), id))
+        .collect();
+    vocab.extend(
+        vocabulary
+            .added()
+            .iter()
+            .map(|token| (token.content.clone(), token.id)),
+    );
     vocab.sort_by_key(|&(_, id)| id);
     let added_tokens = vocabulary.added().iter().map(|token| {
         json!({
@@ -377,8 +450,12 @@ pub fn contents(vocabulary: &Vocabulary, post_processor: Option<&Value>) -> Resu
             byte_fallback: false,
             ignore_merges: *ignore_merges,
             vocab: VocabOut(vocab),
-            merges: merges.iter().map(|&(l, r)| (names[l as usize].as_str(), names[r as usize].as_str())).collect(),
+            merges: merges
+                .iter()
+                .map(|&(l, r)| (names[l as usize].as_str(), names[r as usize].as_str()))
+                .collect(),
         },
     };
-    serde_json::to_string_pretty(&file).map_err(|error| complaint(format!("cannot be written as JSON: {error}")))
+    serde_json::to_string_pretty(&file)
+        .map_err(|error| complaint(format!("cannot be written as JSON: {error}")))
 }

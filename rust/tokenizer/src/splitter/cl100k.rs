@@ -7,7 +7,10 @@ use crate::unicode::Class;
 
 /// Where the piece that starts at `start < text.len()` ends.
 #[inline(always)]
-pub(super) fn piece_end<const DIGITS: usize, const WHOLE_TAIL: bool>(text: &[u8], start: usize) -> usize {
+pub(super) fn piece_end<const DIGITS: usize, const WHOLE_TAIL: bool>(
+    text: &[u8],
+    start: usize,
+) -> usize {
     let Some(first) = peek(text, start) else {
         return text.len();
     };
@@ -16,11 +19,15 @@ pub(super) fn piece_end<const DIGITS: usize, const WHOLE_TAIL: bool>(text: &[u8]
         Class::Letter => run_end(text, after, Class::Letter),
         Class::Number => digits_end(text, start, DIGITS),
         Class::Other => {
-            if text[start] == b'\'' && let Some(len) = contraction(&text[after..]) {
+            if text[start] == b'\''
+                && let Some(len) = contraction(&text[after..])
+            {
                 return after + len;
             }
             match peek(text, after) {
-                Some(next) if next.class == Class::Letter => run_end(text, after + next.len, Class::Letter),
+                Some(next) if next.class == Class::Letter => {
+                    run_end(text, after + next.len, Class::Letter)
+                }
                 _ => punctuation_end(text, after),
             }
         }

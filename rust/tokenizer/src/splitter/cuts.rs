@@ -7,9 +7,15 @@ use crate::unicode::{Class, last_class, step};
 
 /// The last position in `1..=limit` where `text` may be cut and that `allowed` accepts. A position whose next character may be
 /// incomplete because `text` ends there is not used.
-pub fn last_cut(text: &[u8], limit: usize, mut allowed: impl FnMut(usize) -> bool) -> Option<usize> {
+pub fn last_cut(
+    text: &[u8],
+    limit: usize,
+    mut allowed: impl FnMut(usize) -> bool,
+) -> Option<usize> {
     let limit = limit.min(text.len().saturating_sub(1));
-    (1..=limit).rev().find(|&position| is_cut(text, position) && allowed(position))
+    (1..=limit)
+        .rev()
+        .find(|&position| is_cut(text, position) && allowed(position))
 }
 
 fn is_cut(text: &[u8], position: usize) -> bool {
@@ -18,7 +24,10 @@ fn is_cut(text: &[u8], position: usize) -> bool {
     let next = step(rest);
     let complete = rest[0] < 0x80 || next.len > 1 || rest.len() >= 4;
     // A continuation byte inside a character is no place to look at.
-    complete && (rest[0] < 0x80 || rest[0] >= 0xC0) && !is_word(next.class) && last_class(&text[..position]).is_some_and(is_word)
+    complete
+        && (rest[0] < 0x80 || rest[0] >= 0xC0)
+        && !is_word(next.class)
+        && last_class(&text[..position]).is_some_and(is_word)
 }
 
 /// Parts of about `size` bytes of a whole text, none of them empty, that can be split into pieces independently.

@@ -11,7 +11,9 @@ pub(super) fn piece_end(text: &[u8], start: usize) -> usize {
     };
     let after = start + first.len;
     if first.class != Class::Space {
-        if text[start] == b'\'' && let Some(len) = contraction(&text[after..]) {
+        if text[start] == b'\''
+            && let Some(len) = contraction(&text[after..])
+        {
             return after + len;
         }
         return run_end(text, after, first.class);

@@ -126,9 +126,27 @@ impl Pattern {
     pub fn for_each_piece(self, text: &[u8], mut visit: impl FnMut(usize, usize)) {
         match self {
             Self::Gpt2 => walk(text, 0, text.len(), gpt2::piece_end, &mut visit),
-            Self::Cl100k => walk(text, 0, text.len(), cl100k::piece_end::<3, true>, &mut visit),
-            Self::Llama3 => walk(text, 0, text.len(), cl100k::piece_end::<3, false>, &mut visit),
-            Self::Qwen2 => walk(text, 0, text.len(), cl100k::piece_end::<1, false>, &mut visit),
+            Self::Cl100k => walk(
+                text,
+                0,
+                text.len(),
+                cl100k::piece_end::<3, true>,
+                &mut visit,
+            ),
+            Self::Llama3 => walk(
+                text,
+                0,
+                text.len(),
+                cl100k::piece_end::<3, false>,
+                &mut visit,
+            ),
+            Self::Qwen2 => walk(
+                text,
+                0,
+                text.len(),
+                cl100k::piece_end::<1, false>,
+                &mut visit,
+            ),
             Self::Smollm => {
                 // What lies between two digits is cut as if it were a text of its own.
                 runs::for_each_digit(text, |start, digit, after| {
@@ -196,16 +214,17 @@ mod tests {
     fn gpt2_cuts_words_with_their_space() {
         let text = "Hello  world's it'S 42\n\n x\t y!!'s  ";
         let expected = [
-            "Hello", " ", " world", "'s", " it", "'", "S", " 42", "\n\n", " x", "\t", " y", "!!'", "s", "  ",
+            "Hello", " ", " world", "'s", " it", "'", "S", " 42", "\n\n", " x", "\t", " y", "!!'",
+            "s", "  ",
         ];
         assert_eq!(cut(Pattern::Gpt2, text), expected);
     }
 
     #[test]
     fn cl100k_glues_one_character_to_a_word_and_newlines_to_punctuation() {
-        let text = "(word) IT'S 'ſ 12345 !\r\n\n  \n  x";
+        let text = "(word) IT'S x'ſ 12345 !\r\n\n  \n  x";
         let expected = [
-            "(word", ")", " IT", "'S", " ", "'ſ", " ", "123", "45", " !\r\n\n", "  \n", " ", " x",
+            "(word", ")", " IT", "'S", " x", "'ſ", " ", "123", "45", " !\r\n\n", "  \n", " ", " x",
         ];
         assert_eq!(cut(Pattern::Cl100k, text), expected);
         assert_eq!(cut(Pattern::Llama3, text), expected);
@@ -220,7 +239,10 @@ mod tests {
     #[test]
     fn digits_stand_alone_in_qwen2_and_smollm() {
         assert_eq!(cut(Pattern::Qwen2, "a 12"), ["a", " ", "1", "2"]);
-        assert_eq!(cut(Pattern::Smollm, "a  12b c"), ["a", "  ", "1", "2", "b", " c"]);
+        assert_eq!(
+            cut(Pattern::Smollm, "a  12b c"),
+            ["a", "  ", "1", "2", "b", " c"]
+        );
     }
 
     #[test]
@@ -231,7 +253,12 @@ mod tests {
 
     #[test]
     fn every_spelling_is_recognised() {
-        for pattern in [Pattern::Gpt2, Pattern::Cl100k, Pattern::Llama3, Pattern::Qwen2] {
+        for pattern in [
+            Pattern::Gpt2,
+            Pattern::Cl100k,
+            Pattern::Llama3,
+            Pattern::Qwen2,
+        ] {
             assert_eq!(Pattern::from_regex(pattern.regex()), Some(pattern));
         }
         for &(regex, pattern) in OTHER_SPELLINGS {

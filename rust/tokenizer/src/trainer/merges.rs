@@ -101,7 +101,10 @@ impl Merger {
     fn new(mut words: Words) -> Result<Self> {
         // Frequent words first: their slots are touched most and share cache lines.
         words.sort_unstable_by_key(|&(_, count)| Reverse(count));
-        let num_slots = 1 + words.iter().map(|(piece, _)| piece.len() + 1).sum::<usize>();
+        let num_slots = 1 + words
+            .iter()
+            .map(|(piece, _)| piece.len() + 1)
+            .sum::<usize>();
         if num_slots >= INSIDE as usize {
             return Err(TokenizerError::Corpus(format!(
                 "the text has {num_slots} bytes of distinct words, more than the {INSIDE} that training can hold: give less text"
@@ -143,7 +146,12 @@ impl Merger {
         const BYTES: usize = 256;
         let mut table = vec![Neighbour::default(); BYTES * BYTES];
         let is_pair = |pair: &[u32]| pair[0] != SEPARATOR && pair[1] != SEPARATOR;
-        for (place, pair) in self.slots.windows(2).enumerate().filter(|(_, pair)| is_pair(pair)) {
+        for (place, pair) in self
+            .slots
+            .windows(2)
+            .enumerate()
+            .filter(|(_, pair)| is_pair(pair))
+        {
             let entry = &mut table[pair[0] as usize * BYTES + pair[1] as usize];
             entry.count += self.word_counts[self.word_of[place] as usize];
             entry.places += 1;
@@ -154,12 +162,21 @@ impl Merger {
             total += entry.places;
         }
         self.places = vec![0; total];
-        for (place, pair) in self.slots.windows(2).enumerate().filter(|(_, pair)| is_pair(pair)) {
+        for (place, pair) in self
+            .slots
+            .windows(2)
+            .enumerate()
+            .filter(|(_, pair)| is_pair(pair))
+        {
             let entry = &mut table[pair[0] as usize * BYTES + pair[1] as usize];
             self.places[entry.cursor] = place as u32;
             entry.cursor += 1;
         }
-        for (index, entry) in table.iter().enumerate().filter(|(_, entry)| entry.places > 0) {
+        for (index, entry) in table
+            .iter()
+            .enumerate()
+            .filter(|(_, entry)| entry.places > 0)
+        {
             self.add_pair((index / BYTES) as u32, (index % BYTES) as u32, *entry);
         }
     }
@@ -173,7 +190,8 @@ impl Merger {
             last: entry.cursor,
         });
         self.pair_index.insert(key(left, right), index);
-        self.heap.push((entry.count, Reverse(key(left, right)), index));
+        self.heap
+            .push((entry.count, Reverse(key(left, right)), index));
     }
 
     /// Merge the best pair everywhere and give it back; `None` when no pair occurs `min_frequency` times.

@@ -48,7 +48,11 @@ impl TrainOptions {
 ///
 /// # Errors
 /// No text, a vocabulary larger than the text can give, special tokens that clash, or an interruption by `progress`.
-pub fn train(counter: PieceCounter, options: &TrainOptions, progress: &mut Progress<'_>) -> Result<Vocabulary> {
+pub fn train(
+    counter: PieceCounter,
+    options: &TrainOptions,
+    progress: &mut Progress<'_>,
+) -> Result<Vocabulary> {
     let wanted = options.num_merges()?;
     let pattern: Pattern = counter.pattern();
     let words = counter.into_words();

@@ -133,7 +133,10 @@ impl<'a> Blocks<'a> {
     }
 
     /// The next block; `None` at the end. `allowed(text, position)` may refuse a cut.
-    pub fn next_block(&mut self, mut allowed: impl FnMut(&[u8], usize) -> bool) -> Result<Option<&[u8]>> {
+    pub fn next_block(
+        &mut self,
+        mut allowed: impl FnMut(&[u8], usize) -> bool,
+    ) -> Result<Option<&[u8]>> {
         self.buffer.drain(..self.used);
         self.used = 0;
         let mut wanted = self.size;
@@ -249,7 +252,9 @@ impl Table {
 
     fn into_words(self) -> Words {
         let short = self.short.into_iter().filter(|&(key, _)| key != 0);
-        let mut words: Words = short.map(|(key, count)| (short_piece(key), count)).collect();
+        let mut words: Words = short
+            .map(|(key, count)| (short_piece(key), count))
+            .collect();
         words.extend(self.long);
         words
     }

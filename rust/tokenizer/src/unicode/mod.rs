@@ -171,8 +171,9 @@ mod tests {
             for second in 0..=0xFFu8 {
                 for third in [0x00, 0x7F, 0x80, 0x9F, 0xA0, 0xBF, 0xC0, 0xFF] {
                     let bytes = [first, second, third];
-                    let expected = (2..=3)
-                        .find(|&n| std::str::from_utf8(&bytes[..n]).is_ok_and(|s| s.chars().count() == 1));
+                    let expected = (2..=3).find(|&n| {
+                        std::str::from_utf8(&bytes[..n]).is_ok_and(|s| s.chars().count() == 1)
+                    });
                     assert_eq!(decode(&bytes).1, expected.unwrap_or(1), "{bytes:02x?}");
                 }
             }
