@@ -3,10 +3,21 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import final
+from typing import Literal, TypedDict, final, type_check_only
 
 import numpy as np
 import numpy.typing as npt
+
+__all__ = [
+    "Context",
+    "Decoder",
+    "Model",
+    "Optimizer",
+    "Tokenizer",
+    "TokenizerTrainer",
+    "build_info",
+    "measured_peak",
+]
 
 # ---- tokenizer (rust/bindings/src/tokenizer.rs); None for allowed or disallowed means all special tokens
 
@@ -71,3 +82,133 @@ class TokenizerTrainer:
         min_frequency: int,
         progress: Callable[[int, int], object] | None,
     ) -> Tokenizer: ...
+
+# ---- machine (rust/bindings/src/machine.rs)
+
+@type_check_only
+class BuildInfo(TypedDict):
+    version: str
+    profile: Literal["debug", "release"]
+    level: str
+    levels_available: list[str]
+    threads: int
+
+@type_check_only
+class MeasuredPeak(TypedDict):
+    gflops: float
+    read_gb_per_s: float
+
+def build_info(threads: int | None = None) -> BuildInfo: ...
+def measured_peak(threads: int | None = None) -> MeasuredPeak: ...
+
+# ---- model (rust/bindings/src/model.rs, optimizer.rs, decoder.rs); ingot.models.native wraps these
+
+@final
+class Context:
+    @property
+    def spent(self) -> bool: ...
+
+@final
+class Model:
+    def __new__(cls, config: str, *, seed: int, level: str | None, threads: int | None, num_values: int) -> Model: ...
+    @property
+    def table(self) -> list[tuple[str, list[int]]]: ...
+    @property
+    def num_values(self) -> int: ...
+    @property
+    def num_parameters(self) -> int: ...
+    @property
+    def level(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    def parameters(self) -> dict[str, npt.NDArray[np.float32]]: ...
+    def gradients(self) -> dict[str, npt.NDArray[np.float32]]: ...
+    def mark_changed(self) -> None: ...
+    def forward(
+        self,
+        tokens: npt.NDArray[np.int32],
+        offsets: npt.NDArray[np.int64],
+        targets: npt.NDArray[np.int32],
+        *,
+        want: Sequence[str],
+        value_rows: npt.NDArray[np.bool_] | None,
+        hidden_rows: npt.NDArray[np.int64] | None,
+        temperature: float,
+        banned_ids: npt.NDArray[np.int32],
+        train: bool,
+        seed: int,
+        sequence_ids: npt.NDArray[np.int64] | None,
+    ) -> tuple[Context | None, dict[str, npt.NDArray[np.generic]]]: ...
+    def backward(
+        self,
+        context: Context,
+        *,
+        d_logprobs: npt.NDArray[np.float32] | None,
+        d_entropy: npt.NDArray[np.float32] | None,
+        d_values: npt.NDArray[np.float32] | None,
+        d_lse: npt.NDArray[np.float32] | None,
+        d_zbar: npt.NDArray[np.float32] | None,
+        d_hidden: npt.NDArray[np.float32] | None,
+    ) -> None: ...
+    def forward_backward(
+        self,
+        tokens: npt.NDArray[np.int32],
+        offsets: npt.NDArray[np.int64],
+        targets: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        *,
+        temperature: float,
+        banned_ids: npt.NDArray[np.int32],
+        train: bool,
+        seed: int,
+        sequence_ids: npt.NDArray[np.int64] | None,
+    ) -> float: ...
+    def zero_grad(self) -> None: ...
+
+@final
+class Optimizer:
+    def __new__(
+        cls,
+        model: Model,
+        *,
+        groups: Sequence[tuple[list[str], float, float]],
+        betas: tuple[float, float],
+        eps: float,
+        eps_mode: str,
+    ) -> Optimizer: ...
+    def step(self, model: Model, *, lr: float, clip_norm: float | None) -> tuple[float, bool]: ...
+    def moments(self) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, npt.NDArray[np.float32]]]: ...
+    @property
+    def steps_taken(self) -> int: ...
+    def set_steps_taken(self, steps: int) -> None: ...
+
+@final
+class Decoder:
+    def __new__(
+        cls,
+        model: Model,
+        *,
+        max_tokens: int,
+        max_sequences: int,
+        seed: int,
+        banned_ids: npt.NDArray[np.int32],
+    ) -> Decoder: ...
+    def add(
+        self,
+        tokens: npt.NDArray[np.int32],
+        sequence_id: int,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+    ) -> int: ...
+    def fork(self, slot: int, sequence_id: int) -> int: ...
+    def step(
+        self, forced: Sequence[tuple[int, int]]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]: ...
+    def remove(self, slot: int) -> None: ...
+    @property
+    def active(self) -> list[int]: ...
+    def length(self, slot: int) -> int: ...

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.configs import ModelConfig
+from ingot.durable import reached, rename, sync_file, temporary_name, write_file
 from ingot.errors import CheckpointError, ConfigError
 from ingot.models.safetensors_files import StoredTensor, read_header, read_tensors
-from ingot.training.durable import reached, rename, sync_file, temporary_name, write_file
+from ingot.models.tables import some
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -48,7 +49,6 @@ _NO_WEIGHT = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$
 _PREFIXES = {"gpt2": "transformer."}
 _EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
 _HEAD = "lm_head.weight"
-_SHOWN_NAMES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class SavedModel:
             places.setdefault(path, {})[_HEAD] = missing.pop(0)
             copies = []
         complaints = [
-            f"{label}: {_some(names)}"
+            f"{label}: {some(names)}"
             for label, names in (("missing", missing), ("surplus", surplus), ("wrong shape", wrong))
             if names
         ]
@@ -415,8 +415,3 @@ def _weight_files(folder: Path) -> list[Path]:
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing, which {INDEX_FILE} names")
     return [folder / name for name in names]
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")

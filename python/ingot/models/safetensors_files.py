@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,12 +67,12 @@ def read_header(path: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _entry(name: str, entry: Mapping[str, object], data: int) -> StoredTensor:
-    shape, (start, end) = entry["shape"], entry["data_offsets"]  # type: ignore[misc]
-    numbers = [*shape, start, end]  # type: ignore[misc]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+def _entry(name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    shape = tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
         raise ValueError(name)
-    return StoredTensor(name, str(entry["dtype"]), tuple(shape), data + start, data + end)  # type: ignore[arg-type]
+    return StoredTensor(name, str(entry["dtype"]), shape, data + start, data + end)
 
 
 def read_tensors(path: Path, tensors: list[StoredTensor]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:

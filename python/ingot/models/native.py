@@ -1,0 +1,368 @@
+"""The native backend: the seam of :mod:`ingot.models.base` over the compiled core."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ingot import _native
+from ingot.configs import ModelConfig
+from ingot.errors import CheckpointError, ConfigError
+from ingot.models.base import (
+    BoolArray,
+    Context,
+    DecodeStep,
+    EpsMode,
+    FloatArray,
+    IntArray,
+    LongArray,
+    Optimizer,
+    Outputs,
+    ParameterGroup,
+    Sampling,
+    StepInfo,
+    check_want,
+)
+from ingot.models.grouping import assign_groups
+from ingot.models.hf import write_folder
+from ingot.models.tables import check_state, parts_table
+
+_NO_IDS = np.zeros(0, dtype=np.int32)
+
+
+class NativeModel:
+    """A network on the CPU. See :class:`ingot.models.base.Model` for what its methods do.
+
+    Raises
+    ------
+    ConfigError
+        The configuration makes no network, or the machine does not have the level.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        threads: int | None = None,
+        level: str | None = None,
+        num_values: int = 0,
+    ) -> None:
+        _check_seed(seed)
+        self._config = config
+        fields = json.dumps(config.to_dict())
+        self._core = _native.Model(fields, seed=seed, level=level, threads=threads, num_values=num_values)
+        self._parameters: Mapping[str, FloatArray] = MappingProxyType(self._core.parameters())
+        self._gradients: Mapping[str, FloatArray] | None = None
+        self._optimizer: Optimizer | None = None
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What :meth:`step` uses; AdamW with its defaults unless replaced."""
+        if self._optimizer is None:
+            self._optimizer = NativeOptimizer(self)
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's shape."""
+        return self._config
+
+    @property
+    def backend(self) -> Literal["native", "torch"]:
+        """``native``."""
+        return "native"
+
+    @property
+    def level(self) -> str:
+        """Instruction level in use."""
+        return self._core.level
+
+    @property
+    def threads(self) -> int:
+        """CPU threads in use."""
+        return self._core.threads
+
+    @property
+    def num_values(self) -> int:
+        """Number of scalar heads."""
+        return self._core.num_values
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights."""
+        return self._core.num_parameters
+
+    @property
+    def parameters(self) -> Mapping[str, FloatArray]:
+        """Writable views of the flat buffer; a write is seen by the next call."""
+        return self._parameters
+
+    @property
+    def gradients(self) -> Mapping[str, FloatArray]:
+        """Writable views of the flat buffer of gradients, which is made when it is first needed."""
+        if self._gradients is None:
+            self._gradients = MappingProxyType(self._core.gradients())
+        return self._gradients
+
+    def forward(
+        self,
+        tokens: IntArray,
+        offsets: LongArray,
+        targets: IntArray,
+        *,
+        want: Collection[str] = ("logprobs",),
+        value_rows: BoolArray | None = None,
+        hidden_rows: LongArray | None = None,
+        temperature: float = 1.0,
+        banned_ids: Sequence[int] | IntArray | None = None,
+        train: bool = True,
+        seed: int = 0,
+        sequence_ids: LongArray | None = None,
+    ) -> tuple[Context | None, Outputs]:
+        """See :meth:`ingot.models.base.Model.forward`."""
+        wanted = check_want(want, self.num_values)
+        _check_seed(seed)
+        context, arrays = self._core.forward(
+            tokens,
+            offsets,
+            targets,
+            want=sorted(wanted),
+            value_rows=value_rows,
+            hidden_rows=hidden_rows,
+            temperature=temperature,
+            banned_ids=_ids(banned_ids),
+            train=train,
+            seed=seed,
+            sequence_ids=sequence_ids,
+        )
+        return context, Outputs(arrays)
+
+    def backward(
+        self,
+        ctx: Context,
+        d_logprobs: FloatArray | None = None,
+        d_entropy: FloatArray | None = None,
+        d_values: FloatArray | None = None,
+        d_lse: FloatArray | None = None,
+        d_zbar: FloatArray | None = None,
+        d_hidden: FloatArray | None = None,
+    ) -> None:
+        """See :meth:`ingot.models.base.Model.backward`."""
+        if not isinstance(ctx, _native.Context):
+            raise TypeError(
+                f"ctx is {type(ctx).__name__}, not a context of this backend"
+                + (": forward makes one with train=True alone" if ctx is None else "")
+            )
+        self._core.backward(
+            ctx,
+            d_logprobs=d_logprobs,
+            d_entropy=d_entropy,
+            d_values=d_values,
+            d_lse=d_lse,
+            d_zbar=d_zbar,
+            d_hidden=d_hidden,
+        )
+
+    def forward_backward(
+        self,
+        tokens: IntArray,
+        offsets: LongArray,
+        targets: IntArray,
+        weights: FloatArray,
+        *,
+        temperature: float = 1.0,
+        banned_ids: Sequence[int] | IntArray | None = None,
+        train: bool = True,
+        seed: int = 0,
+        sequence_ids: LongArray | None = None,
+    ) -> float:
+        """See :meth:`ingot.models.base.Model.forward_backward`."""
+        _check_seed(seed)
+        return self._core.forward_backward(
+            tokens,
+            offsets,
+            targets,
+            weights,
+            temperature=temperature,
+            banned_ids=_ids(banned_ids),
+            train=train,
+            seed=seed,
+            sequence_ids=sequence_ids,
+        )
+
+    def zero_grad(self) -> None:
+        """Set all gradients to 0."""
+        self._core.zero_grad()
+
+    def step(self, lr: float, clip_norm: float | None = 1.0) -> StepInfo:
+        """``optimizer.step(lr, clip_norm)``."""
+        return self.optimizer.step(lr, clip_norm)
+
+    def decoder(
+        self,
+        max_tokens: int,
+        max_sequences: int,
+        *,
+        seed: int = 0,
+        banned_ids: Sequence[int] | IntArray | None = None,
+    ) -> NativeDecoder:
+        """See :meth:`ingot.models.base.Model.decoder`."""
+        _check_seed(seed)
+        core = _native.Decoder(
+            self._core,
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            seed=seed,
+            banned_ids=_ids(banned_ids),
+        )
+        return NativeDecoder(core)
+
+    def state(self) -> dict[str, FloatArray]:
+        """Copies of all weights, C-contiguous in Hugging Face's shapes."""
+        return {name: np.array(view, order="C") for name, view in self._parameters.items()}
+
+    def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """The inverse of :meth:`state`; strict."""
+        check_state(state, {name: view.shape for name, view in self._parameters.items()}, "state")
+        for name, view in self._parameters.items():
+            view[...] = state[name]
+        self.mark_changed()
+
+    def mark_changed(self) -> None:
+        """Refuse the contexts and decoders made so far. To be called after weights were written through views while such live."""
+        self._core.mark_changed()
+
+    def save(self, folder: str | Path) -> None:
+        """Write a Hugging Face directory."""
+        write_folder(folder, self._config, self._parameters)
+
+    def flops_per_token(self, max_length: int) -> float:
+        """See :meth:`ingot.configs.ModelConfig.flops_per_token`."""
+        return self._config.flops_per_token(max_length)
+
+    def __repr__(self) -> str:
+        place = f"level {self.level}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return parts_table("native", self._config, place, dict(self._core.table))
+
+
+class NativeOptimizer:
+    """AdamW over the flat buffers. See :func:`ingot.models.Optimizer`."""
+
+    def __init__(
+        self,
+        model: NativeModel,
+        groups: Sequence[ParameterGroup] | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        eps_mode: EpsMode = "torch",
+        weight_decay: float = 0.1,
+    ) -> None:
+        self._model = model._core
+        shapes = {name: tuple(shape) for name, shape in model._core.table}
+        self._core = _native.Optimizer(
+            model._core,
+            groups=assign_groups(shapes, groups or (), weight_decay),
+            betas=betas,
+            eps=eps,
+            eps_mode=eps_mode,
+        )
+
+    def step(self, lr: float, clip_norm: float | None = 1.0) -> StepInfo:
+        """See :meth:`ingot.models.base.Optimizer.step`."""
+        grad_norm, skipped = self._core.step(self._model, lr=lr, clip_norm=clip_norm)
+        return StepInfo(grad_norm, skipped)
+
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
+        """See :meth:`ingot.models.base.Optimizer.state`."""
+        state: dict[str, npt.NDArray[np.generic]] = {"step": np.array([self._core.steps_taken], dtype=np.int64)}
+        for prefix, views in zip("mv", self._core.moments(), strict=True):
+            state |= {f"{prefix}.{name}": np.array(view, order="C") for name, view in views.items()}
+        return state
+
+    def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """See :meth:`ingot.models.base.Optimizer.load_state`."""
+        moments = {
+            f"{prefix}.{name}": view
+            for prefix, views in zip("mv", self._core.moments(), strict=True)
+            for name, view in views.items()
+        }
+        check_state(state, {"step": (1,), **{name: view.shape for name, view in moments.items()}}, "optimizer state")
+        steps = int(state["step"][0])
+        if steps < 0:
+            raise CheckpointError(f"optimizer state: step is {steps}, but counts from 0")
+        for name, view in moments.items():
+            view[...] = state[name]
+        self._core.set_steps_taken(steps)
+
+
+class NativeDecoder:
+    """Writes several sequences at once. See :class:`ingot.models.base.Decoder`."""
+
+    def __init__(self, core: _native.Decoder) -> None:
+        self._core = core
+
+    @property
+    def active(self) -> list[int]:
+        """Slots in use, ascending."""
+        return self._core.active
+
+    def add(self, tokens: npt.ArrayLike, sequence_id: int, sampling: Sampling | None = None) -> int:
+        """Read a prompt of at least one token and return its slot."""
+        how = sampling or Sampling()
+        return self._core.add(
+            _ids(tokens, "tokens"),
+            sequence_id,
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            min_p=how.min_p,
+            repetition_penalty=how.repetition_penalty,
+        )
+
+    def fork(self, slot: int, sequence_id: int) -> int:
+        """A second sequence that begins as this one is now."""
+        return self._core.fork(slot, sequence_id)
+
+    def step(self, forced: Mapping[int, int] | None = None) -> DecodeStep:
+        """Draw a token for each active slot, or take the one that ``forced`` has for it."""
+        return DecodeStep(*self._core.step(list((forced or {}).items())))
+
+    def remove(self, slot: int) -> None:
+        """Give the slot and its cache back."""
+        self._core.remove(slot)
+
+    def length(self, slot: int) -> int:
+        """Tokens of the sequence so far, prompt included."""
+        return self._core.length(slot)
+
+
+def _ids(ids: Any, name: str = "banned_ids") -> IntArray:
+    """Token ids as an i32 array; a list of Python ints is converted, an array of another kind than integers refused."""
+    if ids is None:
+        return _NO_IDS
+    array = np.asarray(ids)
+    if array.size == 0:
+        return _NO_IDS
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ConfigError(f"{name}: needs a list of token ids, got {array.dtype} of shape {list(array.shape)}")
+    limits = np.iinfo(np.int32)
+    if array.max() > limits.max or array.min() < limits.min:
+        raise IndexError(f"{name}: holds numbers that are no token ids (they are below 2^31)")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 64:
+        raise ConfigError(f"seed must be between 0 and 2^64 - 1, got {seed}")
