@@ -6,8 +6,8 @@
 use std::time::Instant;
 
 use ingot_model::{
-    ActivationKind, AttentionBias, Batch, Config, ForwardOptions, Level, Model, NormKind, Optimizer, OptimizerOptions,
-    Options, OutputGradients, PositionKind,
+    ActivationKind, AttentionBias, Batch, Config, ForwardOptions, Level, Model, NormKind,
+    Optimizer, OptimizerOptions, Options, OutputGradients, PositionKind,
 };
 
 /// A network, and the batch it is timed with: sequences and tokens per sequence.
@@ -41,7 +41,11 @@ fn char_shape() -> Shape {
         dropout: 0.0,
         initializer_range: 0.02,
     };
-    Shape { config, sequences: 64, length: 256 }
+    Shape {
+        config,
+        sequences: 64,
+        length: 256,
+    }
 }
 
 fn shape(name: &str) -> Result<Shape, String> {
@@ -80,12 +84,20 @@ fn shape(name: &str) -> Result<Shape, String> {
     }
 }
 
-fn argument<T: std::str::FromStr>(arguments: &[String], name: &str, default: T) -> Result<T, String> {
+fn argument<T: std::str::FromStr>(
+    arguments: &[String],
+    name: &str,
+    default: T,
+) -> Result<T, String> {
     match arguments.iter().position(|argument| argument == name) {
         None => Ok(default),
         Some(i) => {
-            let value = arguments.get(i + 1).ok_or_else(|| format!("{name} needs a value"))?;
-            value.parse().map_err(|_| format!("{name}: cannot read {value:?}"))
+            let value = arguments
+                .get(i + 1)
+                .ok_or_else(|| format!("{name} needs a value"))?;
+            value
+                .parse()
+                .map_err(|_| format!("{name}: cannot read {value:?}"))
         }
     }
 }
@@ -94,7 +106,11 @@ fn argument<T: std::str::FromStr>(arguments: &[String], name: &str, default: T) 
 fn peak_memory_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib / 1024)
+    line.split_whitespace()
+        .nth(1)?
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib / 1024)
 }
 
 fn timed<T>(total_s: &mut f64, work: impl FnOnce() -> T) -> T {
@@ -112,21 +128,45 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let dropout = argument(&arguments, "--dropout", 0.0_f64)?;
     let level_name: String = argument(&arguments, "--level", Level::best().name().to_owned())?;
     let level = Level::parse(&level_name).ok_or_else(|| format!("unknown level {level_name:?}"))?;
-    let Shape { config, sequences, length } = shape(&argument(&arguments, "--shape", "char".to_owned())?)?;
+    let Shape {
+        config,
+        sequences,
+        length,
+    } = shape(&argument(&arguments, "--shape", "char".to_owned())?)?;
     let config = Config { dropout, ..config };
 
     let num_tokens = sequences * length;
-    let tokens: Vec<i32> = (0..num_tokens).map(|i| ((i * 7919 + i / 31) % config.vocab_size) as i32).collect();
+    let tokens: Vec<i32> = (0..num_tokens)
+        .map(|i| ((i * 7919 + i / 31) % config.vocab_size) as i32)
+        .collect();
     let offsets: Vec<i64> = (0..=sequences).map(|i| (i * length) as i64).collect();
     let mut targets: Vec<i32> = tokens[1..].to_vec();
     targets.push(-1);
-    let batch = Batch { tokens: &tokens, offsets: &offsets, targets: &targets, sequence_ids: None };
+    let batch = Batch {
+        tokens: &tokens,
+        offsets: &offsets,
+        targets: &targets,
+        sequence_ids: None,
+    };
     let weights = vec![1.0 / num_tokens as f32; num_tokens];
 
-    let mut model = Model::new(config.clone(), 0, Options { level: Some(level), threads, num_values: 0 })?;
+    let mut model = Model::new(
+        config.clone(),
+        0,
+        Options {
+            level: Some(level),
+            threads,
+            num_values: 0,
+        },
+    )?;
     let groups = Optimizer::default_groups(&model, 0.1);
     let mut optimizer = Optimizer::new(&model, &groups, OptimizerOptions::default())?;
-    let matrices: usize = model.table().iter().filter(|p| p.decay && !p.name.contains("wpe")).map(ingot_model::Parameter::len).sum();
+    let matrices: usize = model
+        .table()
+        .iter()
+        .filter(|p| p.decay && !p.name.contains("wpe"))
+        .map(ingot_model::Parameter::len)
+        .sum();
     let attention = config.num_hidden_layers * config.query_width() * length;
     let flops = 6.0 * num_tokens as f64 * (matrices + attention) as f64;
     println!(
@@ -137,11 +177,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
 
     for step in 0..=steps {
-        let options = ForwardOptions { seed: step as u64, ..ForwardOptions::default() };
+        let options = ForwardOptions {
+            seed: step as u64,
+            ..ForwardOptions::default()
+        };
         let (mut zero_s, mut pass_s, mut update_s) = (0.0, 0.0, 0.0);
         timed(&mut zero_s, || model.zero_grad());
-        let loss = timed(&mut pass_s, || model.forward_backward(&batch, &weights, &options))?;
-        let info = timed(&mut update_s, || optimizer.step(&mut model, 1e-3, Some(1.0)))?;
+        let loss = timed(&mut pass_s, || {
+            model.forward_backward(&batch, &weights, &options)
+        })?;
+        let info = timed(&mut update_s, || {
+            optimizer.step(&mut model, 1e-3, Some(1.0))
+        })?;
         let total_s = zero_s + pass_s + update_s;
         println!(
             "{} {total_s:.3} s, {:.0} tokens/s, {:.0} Gflop/s: zero {zero_s:.3}, forward and backward {pass_s:.3}, step {update_s:.3}; loss {loss:.4}, norm {:.3}",
@@ -153,14 +200,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     let (mut score_s, mut forward_s, mut backward_s) = (0.0, 0.0, 0.0);
-    let scoring = ForwardOptions { train: false, ..ForwardOptions::default() };
+    let scoring = ForwardOptions {
+        train: false,
+        ..ForwardOptions::default()
+    };
     timed(&mut score_s, || model.forward(&batch, &scoring))?;
-    let (context, _) = timed(&mut forward_s, || model.forward(&batch, &ForwardOptions::default()))?;
+    let (context, _) = timed(&mut forward_s, || {
+        model.forward(&batch, &ForwardOptions::default())
+    })?;
     let d_logprobs: Vec<f32> = weights.iter().map(|weight| -weight).collect();
-    let gradients = OutputGradients { d_logprobs: Some(&d_logprobs), ..OutputGradients::default() };
+    let gradients = OutputGradients {
+        d_logprobs: Some(&d_logprobs),
+        ..OutputGradients::default()
+    };
     let mut context = context.ok_or("a training pass makes a context")?;
     timed(&mut backward_s, || model.backward(&mut context, &gradients))?;
-    println!("parts: forward {forward_s:.3} s, backward {backward_s:.3} s; scoring alone {score_s:.3} s");
+    println!(
+        "parts: forward {forward_s:.3} s, backward {backward_s:.3} s; scoring alone {score_s:.3} s"
+    );
     if let Some(peak_mib) = peak_memory_mib() {
         println!("peak memory {peak_mib} MiB");
     }

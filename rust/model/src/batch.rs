@@ -17,6 +17,7 @@ pub struct Batch<'a> {
 
 /// Which outputs are computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[allow(clippy::struct_excessive_bools)] // A set of independent flags with names.
 pub struct Want {
     /// ln p(target).
     pub logprobs: bool,
@@ -36,8 +37,15 @@ pub struct Want {
 
 impl Want {
     /// Log-probabilities alone.
-    pub const LOGPROBS: Self =
-        Self { logprobs: true, entropy: false, lse: false, zbar: false, top1: false, values: false, hidden: false };
+    pub const LOGPROBS: Self = Self {
+        logprobs: true,
+        entropy: false,
+        lse: false,
+        zbar: false,
+        top1: false,
+        values: false,
+        hidden: false,
+    };
 
     /// Whether any output needs the logits.
     pub(crate) fn needs_logits(self) -> bool {
@@ -136,13 +144,23 @@ impl Packing {
     pub(crate) fn new(batch: &Batch<'_>, config: &Config) -> Result<Self, ModelError> {
         let num_rows = batch.tokens.len();
         check_offsets(batch.offsets, num_rows)?;
-        ModelError::check_length("targets", batch.targets.len(), num_rows, "a batch of that many tokens")?;
+        ModelError::check_length(
+            "targets",
+            batch.targets.len(),
+            num_rows,
+            "a batch of that many tokens",
+        )?;
         check_ids("tokens", batch.tokens, 0, config.vocab_size)?;
         check_ids("targets", batch.targets, -1, config.vocab_size)?;
         let num_sequences = batch.offsets.len() - 1;
         let sequence_ids = match batch.sequence_ids {
             Some(ids) => {
-                ModelError::check_length("sequence_ids", ids.len(), num_sequences, "a batch of that many sequences")?;
+                ModelError::check_length(
+                    "sequence_ids",
+                    ids.len(),
+                    num_sequences,
+                    "a batch of that many sequences",
+                )?;
                 ids.to_vec()
             }
             None => (0..num_sequences as i64).collect(),
@@ -153,13 +171,19 @@ impl Packing {
         for (sequence, (window, &id)) in batch.offsets.windows(2).zip(&sequence_ids).enumerate() {
             let length = (window[1] - window[0]) as usize;
             if config.position == PositionKind::Learned && length > config.max_position_embeddings {
-                return Err(ModelError::SequenceTooLong { sequence, length, maximum: config.max_position_embeddings });
+                return Err(ModelError::SequenceTooLong {
+                    sequence,
+                    length,
+                    maximum: config.max_position_embeddings,
+                });
             }
             longest = longest.max(length);
             positions.extend(0..length as u32);
             row_sequence_ids.extend(std::iter::repeat_n(id, length));
         }
-        let target_rows: Vec<usize> = (0..num_rows).filter(|&row| batch.targets[row] >= 0).collect();
+        let target_rows: Vec<usize> = (0..num_rows)
+            .filter(|&row| batch.targets[row] >= 0)
+            .collect();
         let targets = target_rows.iter().map(|&row| batch.targets[row]).collect();
         Ok(Self {
             tokens: batch.tokens.iter().map(|&token| token as u32).collect(),
@@ -180,13 +204,22 @@ impl Packing {
 
 fn check_offsets(offsets: &[i64], num_rows: usize) -> Result<(), ModelError> {
     if offsets.is_empty() {
-        return Err(ModelError::argument("offsets", "is empty, but needs one entry more than there are sequences"));
+        return Err(ModelError::argument(
+            "offsets",
+            "is empty, but needs one entry more than there are sequences",
+        ));
     }
     if num_rows > i32::MAX as usize {
-        return Err(ModelError::argument("tokens", format!("has {num_rows} entries; at most 2^31 - 1 fit in a batch")));
+        return Err(ModelError::argument(
+            "tokens",
+            format!("has {num_rows} entries; at most 2^31 - 1 fit in a batch"),
+        ));
     }
     if offsets[0] != 0 {
-        return Err(ModelError::argument("offsets", format!("starts with {}, but must start with 0", offsets[0])));
+        return Err(ModelError::argument(
+            "offsets",
+            format!("starts with {}, but must start with 0", offsets[0]),
+        ));
     }
     if let Some(i) = offsets.windows(2).position(|pair| pair[1] < pair[0]) {
         let (before, after) = (offsets[i], offsets[i + 1]);
@@ -195,14 +228,23 @@ fn check_offsets(offsets: &[i64], num_rows: usize) -> Result<(), ModelError> {
     }
     let last = offsets[offsets.len() - 1];
     if last != num_rows as i64 {
-        let message = format!("ends with {last}, but must end with the number of tokens, {num_rows}");
+        let message =
+            format!("ends with {last}, but must end with the number of tokens, {num_rows}");
         return Err(ModelError::argument("offsets", message));
     }
     Ok(())
 }
 
-pub(crate) fn check_ids(argument: &'static str, ids: &[i32], low: i32, vocab_size: usize) -> Result<(), ModelError> {
-    match ids.iter().position(|&id| id < low || i64::from(id) >= vocab_size as i64) {
+pub(crate) fn check_ids(
+    argument: &'static str,
+    ids: &[i32],
+    low: i32,
+    vocab_size: usize,
+) -> Result<(), ModelError> {
+    match ids
+        .iter()
+        .position(|&id| id < low || i64::from(id) >= vocab_size as i64)
+    {
         None => Ok(()),
         Some(position) => Err(ModelError::OutOfRange {
             argument,
@@ -210,7 +252,11 @@ pub(crate) fn check_ids(argument: &'static str, ids: &[i32], low: i32, vocab_siz
             value: i64::from(ids[position]),
             low: i64::from(low),
             high: vocab_size as i64,
-            what: if low < 0 { "-1 for none, else below vocab_size" } else { "token ids below vocab_size" },
+            what: if low < 0 {
+                "-1 for none, else below vocab_size"
+            } else {
+                "token ids below vocab_size"
+            },
         }),
     }
 }
@@ -247,7 +293,12 @@ impl HeadOptions {
             _ if !options.want.values => Vec::new(),
             None => (0..num_rows).collect(),
             Some(rows) => {
-                ModelError::check_length("value_rows", rows.len(), num_rows, "a batch of that many tokens")?;
+                ModelError::check_length(
+                    "value_rows",
+                    rows.len(),
+                    num_rows,
+                    "a batch of that many tokens",
+                )?;
                 (0..num_rows).filter(|&row| rows[row]).collect()
             }
         };
@@ -255,7 +306,10 @@ impl HeadOptions {
             _ if !options.want.hidden => Vec::new(),
             None => (0..num_rows).collect(),
             Some(rows) => {
-                if let Some(position) = rows.iter().position(|&row| row < 0 || row >= num_rows as i64) {
+                if let Some(position) = rows
+                    .iter()
+                    .position(|&row| row < 0 || row >= num_rows as i64)
+                {
                     return Err(ModelError::OutOfRange {
                         argument: "hidden_rows",
                         position,
@@ -269,11 +323,24 @@ impl HeadOptions {
             }
         };
         let banned_ids = check_banned(options.banned_ids, config.vocab_size)?;
-        if let Some(i) = packing.targets.iter().position(|target| banned_ids.binary_search(target).is_ok()) {
-            let message = format!("{} at row {} is one of banned_ids", packing.targets[i], packing.target_rows[i]);
+        if let Some(i) = packing
+            .targets
+            .iter()
+            .position(|target| banned_ids.binary_search(target).is_ok())
+        {
+            let message = format!(
+                "{} at row {} is one of banned_ids",
+                packing.targets[i], packing.target_rows[i]
+            );
             return Err(ModelError::argument("targets", message));
         }
-        Ok(Self { want: options.want, value_rows, hidden_rows, temperature: options.temperature, banned_ids })
+        Ok(Self {
+            want: options.want,
+            value_rows,
+            hidden_rows,
+            temperature: options.temperature,
+            banned_ids,
+        })
     }
 }
 
@@ -284,7 +351,10 @@ pub(crate) fn check_banned(banned_ids: &[i32], vocab_size: usize) -> Result<Vec<
     sorted.sort_unstable();
     sorted.dedup();
     if sorted.len() == vocab_size {
-        return Err(ModelError::argument("banned_ids", "names the whole vocabulary: no token could be chosen"));
+        return Err(ModelError::argument(
+            "banned_ids",
+            "names the whole vocabulary: no token could be chosen",
+        ));
     }
     Ok(sorted)
 }

@@ -137,26 +137,43 @@ impl Config {
             ("max_position_embeddings", self.max_position_embeddings),
         ];
         for (name, value) in sizes {
-            require(value >= 1, || format!("{name} must be at least 1, got {value}"))?;
+            require(value >= 1, || {
+                format!("{name} must be at least 1, got {value}")
+            })?;
             // Ids and positions are 32-bit; products of two sizes must stay far from overflow.
-            require(value <= i32::MAX as usize, || format!("{name} must be below 2^31, got {value}"))?;
+            require(i32::try_from(value).is_ok(), || {
+                format!("{name} must be below 2^31, got {value}")
+            })?;
         }
         require(self.num_hidden_layers < 1 << 16, || {
-            format!("num_hidden_layers must be below 65536, got {}", self.num_hidden_layers)
-        })?;
-        require(self.num_attention_heads < 1 << 15, || {
-            format!("num_attention_heads must be below 32768, got {}", self.num_attention_heads)
-        })?;
-        require(self.num_attention_heads.is_multiple_of(self.num_key_value_heads), || {
             format!(
-                "num_attention_heads {} does not divide by num_key_value_heads {}",
-                self.num_attention_heads, self.num_key_value_heads
+                "num_hidden_layers must be below 65536, got {}",
+                self.num_hidden_layers
             )
         })?;
+        require(self.num_attention_heads < 1 << 15, || {
+            format!(
+                "num_attention_heads must be below 32768, got {}",
+                self.num_attention_heads
+            )
+        })?;
+        require(
+            self.num_attention_heads
+                .is_multiple_of(self.num_key_value_heads),
+            || {
+                format!(
+                    "num_attention_heads {} does not divide by num_key_value_heads {}",
+                    self.num_attention_heads, self.num_key_value_heads
+                )
+            },
+        )?;
         match self.position {
             PositionKind::Rotary => {
                 require(self.head_dim.is_multiple_of(2), || {
-                    format!("rotary positions need an even head_dim, got {}", self.head_dim)
+                    format!(
+                        "rotary positions need an even head_dim, got {}",
+                        self.head_dim
+                    )
                 })?;
                 require(self.rope_theta > 0.0 && self.rope_theta.is_finite(), || {
                     format!("rope_theta must be positive, got {}", self.rope_theta)
@@ -169,13 +186,21 @@ impl Config {
         if let Some(scaling) = &self.rope_scaling {
             scaling.validate()?;
         }
-        require((0.0..1.0).contains(&self.dropout), || format!("dropout must be in [0, 1), got {}", self.dropout))?;
+        require((0.0..1.0).contains(&self.dropout), || {
+            format!("dropout must be in [0, 1), got {}", self.dropout)
+        })?;
         require(self.norm_eps > 0.0 && self.norm_eps.is_finite(), || {
             format!("norm_eps must be positive, got {}", self.norm_eps)
         })?;
-        require(self.initializer_range >= 0.0 && self.initializer_range.is_finite(), || {
-            format!("initializer_range must not be negative, got {}", self.initializer_range)
-        })
+        require(
+            self.initializer_range >= 0.0 && self.initializer_range.is_finite(),
+            || {
+                format!(
+                    "initializer_range must not be negative, got {}",
+                    self.initializer_range
+                )
+            },
+        )
     }
 
     /// Width of all query heads together.
@@ -195,18 +220,29 @@ impl Config {
 
     /// Width of the MLP's first product: gate and up together where the activation is gated.
     pub fn up_width(&self) -> usize {
-        if self.activation == ActivationKind::Swiglu { 2 * self.intermediate_size } else { self.intermediate_size }
+        if self.activation == ActivationKind::Swiglu {
+            2 * self.intermediate_size
+        } else {
+            self.intermediate_size
+        }
     }
 }
 
 impl RopeScaling {
     fn validate(&self) -> Result<(), ModelError> {
         let positive = |name: &str, value: f64| {
-            require(value > 0.0 && value.is_finite(), || format!("rope_scaling: {name} must be positive, got {value}"))
+            require(value > 0.0 && value.is_finite(), || {
+                format!("rope_scaling: {name} must be positive, got {value}")
+            })
         };
         match *self {
             Self::Linear { factor } => positive("factor", factor),
-            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            Self::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            } => {
                 positive("factor", factor)?;
                 positive("low_freq_factor", low_freq_factor)?;
                 require(high_freq_factor > low_freq_factor, || {
@@ -223,5 +259,9 @@ impl RopeScaling {
 }
 
 fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), ModelError> {
-    if holds { Ok(()) } else { Err(ModelError::Config(message())) }
+    if holds {
+        Ok(())
+    } else {
+        Err(ModelError::Config(message()))
+    }
 }

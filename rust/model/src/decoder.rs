@@ -440,7 +440,7 @@ impl Decoder {
     ) -> Option<(i32, f32, f32)> {
         let slot = draw.slot;
         // Scales and masks the row; the target does not matter yet.
-        let statistics = row_statistics(kernels, &slot.head, logits, draw.forced.unwrap_or_default() as usize);
+        let statistics = row_statistics(*kernels, &slot.head, logits, draw.forced.unwrap_or_default() as usize);
         if !(statistics.lse.is_finite() && statistics.entropy.is_finite()) {
             return None;
         }

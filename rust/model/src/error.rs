@@ -58,19 +58,25 @@ pub enum ModelError {
     #[error("this context was already used by a backward pass: run forward again")]
     ContextSpent,
     /// The parameters changed between forward and backward.
-    #[error("the parameters changed after this context was made (by a step or a write): run forward again")]
+    #[error(
+        "the parameters changed after this context was made (by a step or a write): run forward again"
+    )]
     ContextStale,
     /// The context was made by another model.
     #[error("this context belongs to another model")]
     ContextForeign,
     /// The parameters changed after the decoder was made.
-    #[error("the parameters changed after this decoder was made (by a step or a write): make a new one")]
+    #[error(
+        "the parameters changed after this decoder was made (by a step or a write): make a new one"
+    )]
     DecoderStale,
     /// The decoder was made by another model.
     #[error("this decoder belongs to another model")]
     DecoderForeign,
     /// A token cannot be drawn.
-    #[error("the logits of sequence {sequence_id} are not finite numbers: the model's weights are damaged or diverged")]
+    #[error(
+        "the logits of sequence {sequence_id} are not finite numbers: the model's weights are damaged or diverged"
+    )]
     NotFinite {
         /// Identity of the sequence.
         sequence_id: i64,
@@ -87,7 +93,9 @@ pub enum ModelError {
         nearest: String,
     },
     /// A parameter is in two optimizer groups.
-    #[error("parameter {name:?} is in two optimizer groups ({first} and {second}): each may be in one only")]
+    #[error(
+        "parameter {name:?} is in two optimizer groups ({first} and {second}): each may be in one only"
+    )]
     DuplicateParameter {
         /// The parameter.
         name: String,
@@ -108,15 +116,26 @@ pub enum ModelError {
 
 impl ModelError {
     pub(crate) fn argument(argument: &'static str, message: impl Into<String>) -> Self {
-        Self::Argument { argument, message: message.into() }
+        Self::Argument {
+            argument,
+            message: message.into(),
+        }
     }
 
     /// Checks that an argument has as many entries as expected.
-    pub(crate) fn check_length(argument: &'static str, got: usize, expected: usize, of: &str) -> Result<(), Self> {
+    pub(crate) fn check_length(
+        argument: &'static str,
+        got: usize,
+        expected: usize,
+        of: &str,
+    ) -> Result<(), Self> {
         if got == expected {
             Ok(())
         } else {
-            Err(Self::argument(argument, format!("has {got} entries, but {of} needs {expected}")))
+            Err(Self::argument(
+                argument,
+                format!("has {got} entries, but {of} needs {expected}"),
+            ))
         }
     }
 }

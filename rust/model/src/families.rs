@@ -34,7 +34,12 @@ impl Family {
         let llama_like = config.norm == NormKind::Rms
             && config.position == PositionKind::Rotary
             && config.activation == ActivationKind::Swiglu;
-        match (llama_like, config.attention_bias, config.qk_norm, config.mlp_bias) {
+        match (
+            llama_like,
+            config.attention_bias,
+            config.qk_norm,
+            config.mlp_bias,
+        ) {
             (true, AttentionBias::None | AttentionBias::Qkvo, false, _) => Self::Llama,
             (true, AttentionBias::Qkv, false, false) => Self::Qwen2,
             (true, AttentionBias::None | AttentionBias::Qkvo, true, false) => Self::Qwen3,

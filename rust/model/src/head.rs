@@ -21,7 +21,13 @@ const CHUNK_ROWS: usize = 2048;
 /// Rows of logits that one work item takes.
 const LOGIT_ROWS_PER_ITEM: usize = 8;
 
-const NO_STATISTICS: RowStatistics = RowStatistics { lse: 0.0, logprob: 0.0, entropy: 0.0, zbar: 0.0, top1: false };
+const NO_STATISTICS: RowStatistics = RowStatistics {
+    lse: 0.0,
+    logprob: 0.0,
+    entropy: 0.0,
+    zbar: 0.0,
+    top1: false,
+};
 
 /// Rows of a chunk, from the shape alone.
 pub(crate) fn rows_per_chunk(vocab_size: usize, hidden_size: usize) -> usize {
@@ -51,6 +57,22 @@ struct Scratch {
     statistics: Vec<RowStatistics>,
 }
 
+/// Rows to gather, and where their values, their norms and its moments go.
+type GatherItem<'a> = (
+    &'a [usize],
+    &'a mut [f32],
+    &'a mut [f32],
+    &'a mut [RowMoments],
+);
+
+/// Rows of logits, where their statistics go, their places in the batch and their targets.
+type LogitItem<'a> = (
+    &'a mut [f32],
+    &'a mut [RowStatistics],
+    &'a [usize],
+    &'a [i32],
+);
+
 impl Head<'_> {
     fn width(&self) -> usize {
         self.layout.final_norm.size
@@ -60,9 +82,19 @@ impl Head<'_> {
         self.layout.head.outputs
     }
 
-    fn scratch(&self, arenas: &ArenaPool, num_rows: usize, logits: bool, backward: bool) -> Scratch {
+    fn scratch(
+        &self,
+        arenas: &ArenaPool,
+        num_rows: usize,
+        logits: bool,
+        backward: bool,
+    ) -> Scratch {
         let (d, vocab_size) = (self.width(), self.vocab_size());
-        let limit = if logits { rows_per_chunk(vocab_size, d) } else { CHUNK_ROWS };
+        let limit = if logits {
+            rows_per_chunk(vocab_size, d)
+        } else {
+            CHUNK_ROWS
+        };
         let chunk = num_rows.min(limit);
         let backward_rows = if backward { chunk } else { 0 };
         Scratch {
@@ -85,19 +117,36 @@ impl Head<'_> {
             .zip(scratch.gathered.chunks_mut(span))
             .zip(scratch.normed.chunks_mut(span))
             .zip(scratch.moments.chunks_mut(ROWS_PER_ITEM))
+            .map(|(((rows, gathered), normed), moments)| (rows, gathered, normed, moments))
             .collect();
-        type Item<'a> = (((&'a [usize], &'a mut [f32]), &'a mut [f32]), &'a mut [RowMoments]);
-        self.compute.pool.for_each(items, |(((rows, gathered), normed), moments): Item<'_>| {
-            let outs = gathered.chunks_exact_mut(d).zip(normed.chunks_exact_mut(d)).zip(moments);
-            for (&row, ((gathered, normed), moments)) in rows.iter().zip(outs) {
-                gathered.copy_from_slice(&x[row * d..(row + 1) * d]);
-                *moments = self.layout.final_norm.forward_row(self.compute, self.parameters, gathered, normed);
-            }
-        });
+        self.compute.pool.for_each(
+            items,
+            |(rows, gathered, normed, moments): GatherItem<'_>| {
+                let outs = gathered
+                    .chunks_exact_mut(d)
+                    .zip(normed.chunks_exact_mut(d))
+                    .zip(moments);
+                for (&row, ((gathered, normed), moments)) in rows.iter().zip(outs) {
+                    gathered.copy_from_slice(&x[row * d..(row + 1) * d]);
+                    *moments = self.layout.final_norm.forward_row(
+                        self.compute,
+                        self.parameters,
+                        gathered,
+                        normed,
+                    );
+                }
+            },
+        );
     }
 
     /// Adds the gradient of the gathered rows, from that of their norm, to the chosen rows of `d_x` [N, d].
-    fn scatter_gradient(&self, gradients: &mut [f32], rows: &[usize], d_x: &mut [f32], scratch: &mut Scratch) {
+    fn scatter_gradient(
+        &self,
+        gradients: &mut [f32],
+        rows: &[usize],
+        d_x: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
         let (d, count) = (self.width(), rows.len());
         let d_rows = pick_rows(d_x, d, rows);
         self.layout.final_norm.backward_rows(
@@ -108,7 +157,9 @@ impl Head<'_> {
             &scratch.moments[..count],
             &scratch.d_normed[..count * d],
             d_rows.into_iter(),
-            &mut NormScratch { partials: &mut scratch.partials },
+            &mut NormScratch {
+                partials: &mut scratch.partials,
+            },
         );
     }
 
@@ -117,7 +168,9 @@ impl Head<'_> {
         let normed = Mat::new(&scratch.normed[..count * self.width()], count, self.width());
         let logits = &mut scratch.logits[..count * self.vocab_size()];
         let logits = MatMut::new(logits, count, self.vocab_size());
-        self.layout.head.forward(self.compute, self.parameters, normed, logits, false);
+        self.layout
+            .head
+            .forward(self.compute, self.parameters, normed, logits, false);
     }
 
     /// Calls `f` for each row of logits, with the banned ids masked and the statistics taken.
@@ -130,26 +183,35 @@ impl Head<'_> {
         f: impl Fn(usize, usize, &mut [f32], &RowStatistics) + Sync,
     ) {
         let vocab_size = self.vocab_size();
-        let kernels = &self.compute.kernels;
+        let kernels = self.compute.kernels;
         let items = scratch
             .logits
             .chunks_mut(LOGIT_ROWS_PER_ITEM * vocab_size)
             .zip(scratch.statistics.chunks_mut(LOGIT_ROWS_PER_ITEM))
             .zip(rows.chunks(LOGIT_ROWS_PER_ITEM))
             .zip(targets.chunks(LOGIT_ROWS_PER_ITEM))
+            .map(|(((logits, statistics), rows), targets)| (logits, statistics, rows, targets))
             .collect();
-        type Item<'a> = (((&'a mut [f32], &'a mut [RowStatistics]), &'a [usize]), &'a [i32]);
-        self.compute.pool.for_each(items, |(((logits, statistics), rows), targets): Item<'_>| {
-            let lines = logits.chunks_exact_mut(vocab_size).zip(statistics);
-            for ((logits, statistics), (&row, &target)) in lines.zip(rows.iter().zip(targets)) {
-                *statistics = row_statistics(kernels, options, logits, target as usize);
-                f(row, target as usize, logits, statistics);
-            }
-        });
+        self.compute.pool.for_each(
+            items,
+            |(logits, statistics, rows, targets): LogitItem<'_>| {
+                let lines = logits.chunks_exact_mut(vocab_size).zip(statistics);
+                for ((logits, statistics), (&row, &target)) in lines.zip(rows.iter().zip(targets)) {
+                    *statistics = row_statistics(kernels, options, logits, target as usize);
+                    f(row, target as usize, logits, statistics);
+                }
+            },
+        );
     }
 
     /// All outputs that were asked for, from the residual stream `x` [N, d].
-    pub(crate) fn forward(&self, arenas: &ArenaPool, packing: &Packing, options: &HeadOptions, x: &[f32]) -> Outputs {
+    pub(crate) fn forward(
+        &self,
+        arenas: &ArenaPool,
+        packing: &Packing,
+        options: &HeadOptions,
+        x: &[f32],
+    ) -> Outputs {
         let want = options.want;
         let num_rows = packing.num_rows();
         let zeros = |wanted: bool| wanted.then(|| vec![0.0_f32; num_rows]);
@@ -159,7 +221,9 @@ impl Head<'_> {
             lse: zeros(want.lse),
             zbar: zeros(want.zbar),
             top1: want.top1.then(|| vec![false; num_rows]),
-            values: want.values.then(|| self.values(arenas, options, num_rows, x)),
+            values: want
+                .values
+                .then(|| self.values(arenas, options, num_rows, x)),
             hidden: want.hidden.then(|| self.hidden(options, x)),
         };
         if !want.needs_logits() {
@@ -167,7 +231,11 @@ impl Head<'_> {
         }
         let mut scratch = self.scratch(arenas, packing.target_rows.len(), true, false);
         let chunk = rows_per_chunk(self.vocab_size(), self.width());
-        for (rows, targets) in packing.target_rows.chunks(chunk).zip(packing.targets.chunks(chunk)) {
+        for (rows, targets) in packing
+            .target_rows
+            .chunks(chunk)
+            .zip(packing.targets.chunks(chunk))
+        {
             self.gather(x, rows, &mut scratch);
             self.logits(rows.len(), &mut scratch);
             self.for_each_row(options, rows, targets, &mut scratch, |_, _, _, _| ());
@@ -190,8 +258,16 @@ impl Head<'_> {
     }
 
     /// Scalar heads [N, k], 0 in rows that were not asked for.
-    fn values(&self, arenas: &ArenaPool, options: &HeadOptions, num_rows: usize, x: &[f32]) -> Vec<f32> {
-        let Some(score) = &self.layout.score else { return Vec::new() };
+    fn values(
+        &self,
+        arenas: &ArenaPool,
+        options: &HeadOptions,
+        num_rows: usize,
+        x: &[f32],
+    ) -> Vec<f32> {
+        let Some(score) = &self.layout.score else {
+            return Vec::new();
+        };
         let (d, k) = (self.width(), score.outputs);
         let mut values = vec![0.0; num_rows * k];
         let mut scratch = self.scratch(arenas, options.value_rows.len(), false, false);
@@ -213,13 +289,21 @@ impl Head<'_> {
     fn hidden(&self, options: &HeadOptions, x: &[f32]) -> Vec<f32> {
         let d = self.width();
         let mut hidden = vec![0.0; options.hidden_rows.len() * d];
-        let items = options.hidden_rows.chunks(ROWS_PER_ITEM).zip(hidden.chunks_mut(ROWS_PER_ITEM * d)).collect();
-        self.compute.pool.for_each(items, |(rows, hidden): (&[usize], &mut [f32])| {
-            for (&row, hidden) in rows.iter().zip(hidden.chunks_exact_mut(d)) {
-                let x = &x[row * d..(row + 1) * d];
-                self.layout.final_norm.forward_row(self.compute, self.parameters, x, hidden);
-            }
-        });
+        let items = options
+            .hidden_rows
+            .chunks(ROWS_PER_ITEM)
+            .zip(hidden.chunks_mut(ROWS_PER_ITEM * d))
+            .collect();
+        self.compute
+            .pool
+            .for_each(items, |(rows, hidden): (&[usize], &mut [f32])| {
+                for (&row, hidden) in rows.iter().zip(hidden.chunks_exact_mut(d)) {
+                    let x = &x[row * d..(row + 1) * d];
+                    self.layout
+                        .final_norm
+                        .forward_row(self.compute, self.parameters, x, hidden);
+                }
+            });
         hidden
     }
 
@@ -239,11 +323,13 @@ impl Head<'_> {
         let logits = [d.d_logprobs, d.d_entropy, d.d_lse, d.d_zbar];
         if logits.iter().any(Option::is_some) {
             let entry = |array: Option<&[f32]>, row: usize| array.map_or(0.0, |array| array[row]);
-            self.backward_logits(arenas, gradients, packing, options, x, d_x, |row| RowGradients {
-                d_logprob: entry(d.d_logprobs, row),
-                d_entropy: entry(d.d_entropy, row),
-                d_lse: entry(d.d_lse, row),
-                d_zbar: entry(d.d_zbar, row),
+            self.backward_logits(arenas, gradients, packing, options, x, d_x, |row| {
+                RowGradients {
+                    d_logprob: entry(d.d_logprobs, row),
+                    d_entropy: entry(d.d_entropy, row),
+                    d_lse: entry(d.d_lse, row),
+                    d_zbar: entry(d.d_zbar, row),
+                }
             });
         }
         if let Some(d_values) = d.d_values {
@@ -267,11 +353,13 @@ impl Head<'_> {
         d_x: &mut [f32],
     ) -> f64 {
         self.clear(d_x);
-        self.backward_logits(arenas, gradients, packing, options, x, d_x, |row| RowGradients {
-            d_logprob: -weights[row],
-            d_entropy: 0.0,
-            d_lse: 0.0,
-            d_zbar: 0.0,
+        self.backward_logits(arenas, gradients, packing, options, x, d_x, |row| {
+            RowGradients {
+                d_logprob: -weights[row],
+                d_entropy: 0.0,
+                d_lse: 0.0,
+                d_zbar: 0.0,
+            }
         })
         .zip(&packing.target_rows)
         .map(|(logprob, &row)| -f64::from(weights[row]) * f64::from(logprob))
@@ -292,24 +380,53 @@ impl Head<'_> {
     ) -> std::vec::IntoIter<f32> {
         let (width, vocab_size) = (self.width(), self.vocab_size());
         let inverse_temperature = 1.0 / options.temperature;
-        let kernels = &self.compute.kernels;
+        let kernels = self.compute.kernels;
         let mut logprobs = Vec::with_capacity(packing.target_rows.len());
         let mut scratch = self.scratch(arenas, packing.target_rows.len(), true, true);
         let chunk = rows_per_chunk(vocab_size, width);
-        for (rows, targets) in packing.target_rows.chunks(chunk).zip(packing.targets.chunks(chunk)) {
+        for (rows, targets) in packing
+            .target_rows
+            .chunks(chunk)
+            .zip(packing.targets.chunks(chunk))
+        {
             let count = rows.len();
             self.gather(x, rows, &mut scratch);
             self.logits(count, &mut scratch);
-            self.for_each_row(options, rows, targets, &mut scratch, |row, target, logits, statistics| {
-                let (lse, entropy) = (statistics.lse, statistics.entropy);
-                kernels.head_row_gradient(logits, lse, entropy, target, d(row), inverse_temperature);
-            });
-            logprobs.extend(scratch.statistics[..count].iter().map(|statistics| statistics.logprob));
+            self.for_each_row(
+                options,
+                rows,
+                targets,
+                &mut scratch,
+                |row, target, logits, statistics| {
+                    let (lse, entropy) = (statistics.lse, statistics.entropy);
+                    kernels.head_row_gradient(
+                        logits,
+                        lse,
+                        entropy,
+                        target,
+                        d(row),
+                        inverse_temperature,
+                    );
+                },
+            );
+            logprobs.extend(
+                scratch.statistics[..count]
+                    .iter()
+                    .map(|statistics| statistics.logprob),
+            );
             let d_logits = Mat::new(&scratch.logits[..count * vocab_size], count, vocab_size);
             let normed = Mat::new(&scratch.normed[..count * width], count, width);
-            self.layout.head.backward_weight(self.compute, gradients, d_logits, normed);
+            self.layout
+                .head
+                .backward_weight(self.compute, gradients, d_logits, normed);
             let d_normed = MatMut::new(&mut scratch.d_normed[..count * width], count, width);
-            self.layout.head.backward_input(self.compute, self.parameters, d_logits, d_normed, false);
+            self.layout.head.backward_input(
+                self.compute,
+                self.parameters,
+                d_logits,
+                d_normed,
+                false,
+            );
             self.scatter_gradient(gradients, rows, d_x, &mut scratch);
         }
         logprobs.into_iter()
@@ -324,7 +441,9 @@ impl Head<'_> {
         x: &[f32],
         d_x: &mut [f32],
     ) {
-        let Some(score) = &self.layout.score else { return };
+        let Some(score) = &self.layout.score else {
+            return;
+        };
         let (d, k) = (self.width(), score.outputs);
         let mut scratch = self.scratch(arenas, options.value_rows.len(), false, true);
         let mut chunk_gradients = vec![0.0; scratch.moments.len() * k];
@@ -356,17 +475,23 @@ impl Head<'_> {
         // A row may have been asked for several times: its gradients add up, in the order asked.
         let mut order: Vec<usize> = (0..options.hidden_rows.len()).collect();
         order.sort_by_key(|&i| options.hidden_rows[i]);
-        let groups: Vec<&[usize]> =
-            order.chunk_by(|&a, &b| options.hidden_rows[a] == options.hidden_rows[b]).collect();
+        let groups: Vec<&[usize]> = order
+            .chunk_by(|&a, &b| options.hidden_rows[a] == options.hidden_rows[b])
+            .collect();
         let mut scratch = self.scratch(arenas, groups.len(), false, true);
         for groups in groups.chunks(CHUNK_ROWS) {
-            let rows: Vec<usize> = groups.iter().map(|group| options.hidden_rows[group[0]]).collect();
+            let rows: Vec<usize> = groups
+                .iter()
+                .map(|group| options.hidden_rows[group[0]])
+                .collect();
             self.gather(x, &rows, &mut scratch);
             for (group, d_normed) in groups.iter().zip(scratch.d_normed.chunks_exact_mut(d)) {
                 let (&first, others) = group.split_first().unwrap_or((&0, &[]));
                 d_normed.copy_from_slice(&d_hidden[first * d..(first + 1) * d]);
                 for &i in others {
-                    self.compute.kernels.add_assign(d_normed, &d_hidden[i * d..(i + 1) * d]);
+                    self.compute
+                        .kernels
+                        .add_assign(d_normed, &d_hidden[i * d..(i + 1) * d]);
                 }
             }
             self.scatter_gradient(gradients, &rows, d_x, &mut scratch);
@@ -375,14 +500,16 @@ impl Head<'_> {
 
     fn clear(&self, x: &mut [f32]) {
         let pieces = x.chunks_mut(ROWS_PER_ITEM * self.width()).collect();
-        self.compute.pool.for_each(pieces, |piece: &mut [f32]| piece.fill(0.0));
+        self.compute
+            .pool
+            .for_each(pieces, |piece: &mut [f32]| piece.fill(0.0));
     }
 }
 
 /// Masks the banned ids of a row of raw logits, scales it and takes its statistics: the one definition of a
 /// next-token distribution, for training and decoding alike.
 pub(crate) fn row_statistics(
-    kernels: &ingot_kernels::Kernels,
+    kernels: ingot_kernels::Kernels,
     options: &HeadOptions,
     logits: &mut [f32],
     target: usize,

@@ -13,7 +13,13 @@ use crate::{Compute, Config};
 const PIECE: usize = 1 << 16;
 
 /// Fills `parameters`. Tensor i of the table is stream i of the seed: the values depend on nothing else.
-pub(crate) fn initialize(layout: &Layout, config: &Config, seed: u64, compute: &Compute, parameters: &mut [f32]) {
+pub(crate) fn initialize(
+    layout: &Layout,
+    config: &Config,
+    seed: u64,
+    compute: &Compute,
+    parameters: &mut [f32],
+) {
     let range = config.initializer_range;
     for (stream, (tensor, initial)) in layout.table.iter().zip(&layout.initial).enumerate() {
         let values = &mut parameters[tensor.range()];
@@ -32,7 +38,13 @@ pub(crate) fn initialize(layout: &Layout, config: &Config, seed: u64, compute: &
         };
         let pieces: Vec<_> = values.chunks_mut(PIECE).enumerate().collect();
         compute.pool.for_each(pieces, |(i, piece)| {
-            fill_normal(seed, stream as u64, (i * PIECE) as u64, deviation as f32, piece);
+            fill_normal(
+                seed,
+                stream as u64,
+                (i * PIECE) as u64,
+                deviation as f32,
+                piece,
+            );
         });
     }
 }

@@ -26,7 +26,11 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { level: None, threads: 1, num_values: 0 }
+        Self {
+            level: None,
+            threads: 1,
+            num_values: 0,
+        }
     }
 }
 
@@ -59,14 +63,21 @@ impl Model {
             None => Kernels::best(),
             Some(level) => Kernels::new(level).ok_or_else(|| ModelError::LevelUnavailable {
                 level: level.name(),
-                available: Level::available().iter().map(|level| level.name()).collect::<Vec<_>>().join(", "),
+                available: Level::available()
+                    .iter()
+                    .map(|level| level.name())
+                    .collect::<Vec<_>>()
+                    .join(", "),
             })?,
         };
         if options.threads == 0 {
             return Err(ModelError::argument("threads", "must be at least 1, got 0"));
         }
         let layout = Layout::new(&config, options.num_values);
-        let compute = Compute { kernels, pool: Pool::new(options.threads) };
+        let compute = Compute {
+            kernels,
+            pool: Pool::new(options.threads),
+        };
         let mut parameters = Buffer::zeroed(layout.len);
         initialize(&layout, &config, seed, &compute, &mut parameters);
         Ok(Self {
@@ -133,7 +144,9 @@ impl Model {
     pub fn zero_grad(&mut self) {
         if let Some(gradients) = &mut self.gradients {
             let pieces = gradients.chunks_mut(ZERO_PIECE).collect();
-            self.compute.pool.for_each(pieces, |piece: &mut [f32]| piece.fill(0.0));
+            self.compute
+                .pool
+                .for_each(pieces, |piece: &mut [f32]| piece.fill(0.0));
         }
     }
 
@@ -166,13 +179,22 @@ impl Model {
         let head_options = HeadOptions::new(options, &packing, &self.config, self.num_values)?;
         if options.train {
             let context = self.run_blocks(packing, head_options, self.dropout_seed(options));
-            let outputs = self.head().forward(&self.arenas, &context.packing, &context.head, &context.output);
+            let outputs = self.head().forward(
+                &self.arenas,
+                &context.packing,
+                &context.head,
+                &context.output,
+            );
             return Ok((Some(context), outputs));
         }
         let rotary = self.rotary_table(packing.longest);
         let pass = self.pass(&packing, rotary.as_deref(), None);
         let output = self.run_blocks_in_place(&pass, &packing.tokens, &mut |_, _, _| ());
-        Ok((None, self.head().forward(&self.arenas, &packing, &head_options, &output)))
+        Ok((
+            None,
+            self.head()
+                .forward(&self.arenas, &packing, &head_options, &output),
+        ))
     }
 
     /// Adds to the gradients those of a scalar whose gradients with respect to the outputs are given. The context is
@@ -180,7 +202,11 @@ impl Model {
     ///
     /// # Errors
     /// If the context is spent, stale or another model's, or an array has a wrong length.
-    pub fn backward(&mut self, context: &mut Context, gradients: &OutputGradients<'_>) -> Result<(), ModelError> {
+    pub fn backward(
+        &mut self,
+        context: &mut Context,
+        gradients: &OutputGradients<'_>,
+    ) -> Result<(), ModelError> {
         if context.model != self.id {
             return Err(ModelError::ContextForeign);
         }
@@ -194,7 +220,15 @@ impl Model {
         let mut d_x = self.arenas.lease(context.output.len());
         gradients_or_zeros(&mut self.gradients, self.layout.len);
         let (head, arenas, flat) = self.split();
-        head.backward(arenas, flat, &context.packing, &context.head, gradients, &context.output, &mut d_x);
+        head.backward(
+            arenas,
+            flat,
+            &context.packing,
+            &context.head,
+            gradients,
+            &context.output,
+            &mut d_x,
+        );
         self.backward_blocks(context, d_x);
         Ok(())
     }
@@ -211,16 +245,37 @@ impl Model {
         options: &ForwardOptions<'_>,
     ) -> Result<f64, ModelError> {
         let packing = Packing::new(batch, &self.config)?;
-        ModelError::check_length("weights", weights.len(), packing.num_rows(), "a batch of that many tokens")?;
-        let options_without_extras =
-            ForwardOptions { want: crate::Want::LOGPROBS, value_rows: None, hidden_rows: None, ..*options };
-        let head_options = HeadOptions::new(&options_without_extras, &packing, &self.config, self.num_values)?;
+        ModelError::check_length(
+            "weights",
+            weights.len(),
+            packing.num_rows(),
+            "a batch of that many tokens",
+        )?;
+        let options_without_extras = ForwardOptions {
+            want: crate::Want::LOGPROBS,
+            value_rows: None,
+            hidden_rows: None,
+            ..*options
+        };
+        let head_options = HeadOptions::new(
+            &options_without_extras,
+            &packing,
+            &self.config,
+            self.num_values,
+        )?;
         let mut context = self.run_blocks(packing, head_options, self.dropout_seed(options));
         let mut d_x = self.arenas.lease(context.output.len());
         gradients_or_zeros(&mut self.gradients, self.layout.len);
         let (head, arenas, flat) = self.split();
-        let loss =
-            head.forward_backward(arenas, flat, &context.packing, &context.head, weights, &context.output, &mut d_x);
+        let loss = head.forward_backward(
+            arenas,
+            flat,
+            &context.packing,
+            &context.head,
+            weights,
+            &context.output,
+            &mut d_x,
+        );
         self.backward_blocks(&mut context, d_x);
         Ok(loss)
     }
@@ -250,7 +305,11 @@ impl Model {
     }
 
     pub(crate) fn head(&self) -> Head<'_> {
-        Head { compute: &self.compute, parameters: &self.parameters, layout: &self.layout }
+        Head {
+            compute: &self.compute,
+            parameters: &self.parameters,
+            layout: &self.layout,
+        }
     }
 
     /// The rotary angles of at least `num_positions` positions; nothing where positions are learned.
@@ -262,7 +321,10 @@ impl Model {
         match &*table {
             Some(table) if table.num_positions() >= num_positions => Some(Arc::clone(table)),
             _ => {
-                let longer = Arc::new(RotaryTable::new(&self.config, num_positions.next_power_of_two()));
+                let longer = Arc::new(RotaryTable::new(
+                    &self.config,
+                    num_positions.next_power_of_two(),
+                ));
                 *table = Some(Arc::clone(&longer));
                 Some(longer)
             }
@@ -279,34 +341,67 @@ impl Model {
         rotary: Option<&'a RotaryTable>,
         dropout_seed: Option<u64>,
     ) -> Pass<'a> {
-        make_pass(&self.compute, &self.parameters, &self.config, packing, rotary, dropout_seed)
+        make_pass(
+            &self.compute,
+            &self.parameters,
+            &self.config,
+            packing,
+            rotary,
+            dropout_seed,
+        )
     }
 
     /// The head, the arenas and the gradients, which must exist.
     fn split(&mut self) -> (Head<'_>, &ArenaPool, &mut [f32]) {
-        let head = Head { compute: &self.compute, parameters: &self.parameters, layout: &self.layout };
-        (head, &self.arenas, self.gradients.as_deref_mut().unwrap_or_default())
+        let head = Head {
+            compute: &self.compute,
+            parameters: &self.parameters,
+            layout: &self.layout,
+        };
+        (
+            head,
+            &self.arenas,
+            self.gradients.as_deref_mut().unwrap_or_default(),
+        )
     }
 
     /// The embedding and all blocks, keeping what the backward pass needs.
-    fn run_blocks(&self, packing: Packing, head: HeadOptions, dropout_seed: Option<u64>) -> Context {
+    fn run_blocks(
+        &self,
+        packing: Packing,
+        head: HeadOptions,
+        dropout_seed: Option<u64>,
+    ) -> Context {
         let num_rows = packing.num_rows();
         let rotary = self.rotary_table(packing.longest);
         let mut output = self.arenas.lease(num_rows * self.config.hidden_size);
         let lease = |block| self.arenas.lease(BlockActivations::len(block, num_rows));
         let mut blocks: Vec<Lease> = self.layout.blocks.iter().map(lease).collect();
         let pass = self.pass(&packing, rotary.as_deref(), dropout_seed);
-        let mut scratch =
-            BlockScratch::forward(&self.arenas, &self.layout.blocks[0], num_rows, pass.dropout.is_some());
+        let mut scratch = BlockScratch::forward(
+            &self.arenas,
+            &self.layout.blocks[0],
+            num_rows,
+            pass.dropout.is_some(),
+        );
         let mut rest = &mut blocks[..];
         for (i, block) in self.layout.blocks.iter().enumerate() {
-            let Some((arena, following)) = std::mem::take(&mut rest).split_first_mut() else { break };
+            let Some((arena, following)) = std::mem::take(&mut rest).split_first_mut() else {
+                break;
+            };
             rest = following;
             let mut kept = BlockActivations::cut(block, num_rows, arena);
             if i == 0 {
                 let (tokens, dropout) = (&packing.tokens, pass.dropout.as_ref());
                 let embedding = &self.layout.embedding;
-                embedding.forward(&self.compute, &self.parameters, tokens, pass.positions, dropout, kept.x);
+                embedding.forward(
+                    &self.compute,
+                    &self.parameters,
+                    tokens,
+                    pass.positions,
+                    dropout,
+                    kept.x,
+                );
             }
             // A block's result is what the next one keeps as its entrance.
             match (self.layout.blocks.get(i + 1), rest.first_mut()) {
@@ -344,12 +439,26 @@ impl Model {
         let mut qkv = self.arenas.lease(num_rows * attention.qkv_width());
         let mut attended = self.arenas.lease(num_rows * attention.query_width());
         let mut lse = self.arenas.lease(num_rows * attention.heads);
-        let mut scratch = BlockScratch::forward(&self.arenas, &self.layout.blocks[0], num_rows, false);
+        let mut scratch =
+            BlockScratch::forward(&self.arenas, &self.layout.blocks[0], num_rows, false);
         let embedding = &self.layout.embedding;
-        embedding.forward(&self.compute, &self.parameters, tokens, pass.positions, None, &mut x);
+        embedding.forward(
+            &self.compute,
+            &self.parameters,
+            tokens,
+            pass.positions,
+            None,
+            &mut x,
+        );
         for block in &self.layout.blocks {
-            let rotated =
-                block.forward_in_place(pass, &mut x, &mut qkv, &mut attended, &mut lse, &mut scratch);
+            let rotated = block.forward_in_place(
+                pass,
+                &mut x,
+                &mut qkv,
+                &mut attended,
+                &mut lse,
+                &mut scratch,
+            );
             let (_, keys, values) = block.attention.split(&qkv, rotated);
             seen(block.layer, keys, values);
         }
@@ -371,12 +480,18 @@ impl Model {
         );
         let gradients = self.gradients.as_deref_mut().unwrap_or_default();
         let dropout = pass.dropout.as_ref();
-        let mut scratch =
-            BlockScratch::backward(&self.arenas, &self.layout.blocks[0], num_rows, dropout.is_some());
+        let mut scratch = BlockScratch::backward(
+            &self.arenas,
+            &self.layout.blocks[0],
+            num_rows,
+            dropout.is_some(),
+        );
         for block in self.layout.blocks.iter().rev() {
-            let Some(mut arena) = context.blocks.pop() else { break };
-            let kept = BlockActivations::cut(block, num_rows, &mut arena);
-            block.backward(&pass, gradients, &kept, &mut d_x, &mut scratch);
+            let Some(mut arena) = context.blocks.pop() else {
+                break;
+            };
+            let mut kept = BlockActivations::cut(block, num_rows, &mut arena);
+            block.backward(&pass, gradients, &mut kept, &mut d_x, &mut scratch);
         }
         self.layout.embedding.backward(
             compute,
@@ -391,7 +506,11 @@ impl Model {
         context.output = self.arenas.lease(0);
     }
 
-    fn check_gradients(&self, context: &Context, gradients: &OutputGradients<'_>) -> Result<(), ModelError> {
+    fn check_gradients(
+        &self,
+        context: &Context,
+        gradients: &OutputGradients<'_>,
+    ) -> Result<(), ModelError> {
         let num_rows = context.packing.num_rows();
         let per_row = [
             ("d_logprobs", gradients.d_logprobs),
@@ -401,18 +520,34 @@ impl Model {
         ];
         for (name, array) in per_row {
             if let Some(array) = array {
-                ModelError::check_length(name, array.len(), num_rows, "a context of that many tokens")?;
+                ModelError::check_length(
+                    name,
+                    array.len(),
+                    num_rows,
+                    "a context of that many tokens",
+                )?;
             }
         }
         if let Some(d_values) = gradients.d_values {
             if !context.head.want.values {
-                return Err(ModelError::argument("d_values", "was given, but the forward pass was not asked for values"));
+                return Err(ModelError::argument(
+                    "d_values",
+                    "was given, but the forward pass was not asked for values",
+                ));
             }
-            ModelError::check_length("d_values", d_values.len(), num_rows * self.num_values, "the output values")?;
+            ModelError::check_length(
+                "d_values",
+                d_values.len(),
+                num_rows * self.num_values,
+                "the output values",
+            )?;
         }
         if let Some(d_hidden) = gradients.d_hidden {
             if !context.head.want.hidden {
-                return Err(ModelError::argument("d_hidden", "was given, but the forward pass was not asked for hidden"));
+                return Err(ModelError::argument(
+                    "d_hidden",
+                    "was given, but the forward pass was not asked for hidden",
+                ));
             }
             let expected = context.head.hidden_rows.len() * self.config.hidden_size;
             ModelError::check_length("d_hidden", d_hidden.len(), expected, "the output hidden")?;

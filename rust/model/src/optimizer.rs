@@ -32,7 +32,11 @@ pub struct OptimizerOptions {
 
 impl Default for OptimizerOptions {
     fn default() -> Self {
-        Self { betas: (0.9, 0.95), eps: 1e-8, eps_mode: EpsMode::Torch }
+        Self {
+            betas: (0.9, 0.95),
+            eps: 1e-8,
+            eps_mode: EpsMode::Torch,
+        }
     }
 }
 
@@ -71,7 +75,11 @@ impl Optimizer {
     ///
     /// # Errors
     /// If a name is unknown or in two groups, or a setting is out of its range.
-    pub fn new(model: &Model, groups: &[ParameterGroup], options: OptimizerOptions) -> Result<Self, ModelError> {
+    pub fn new(
+        model: &Model,
+        groups: &[ParameterGroup],
+        options: OptimizerOptions,
+    ) -> Result<Self, ModelError> {
         check_options(&options)?;
         let table = model.table();
         let mut owner: Vec<Option<usize>> = vec![None; table.len()];
@@ -80,11 +88,19 @@ impl Optimizer {
             check_group(group)?;
             let mut ranges = Vec::with_capacity(group.names.len());
             for name in &group.names {
-                let place = table.iter().position(|parameter| parameter.name == *name).ok_or_else(|| {
-                    ModelError::UnknownParameter { name: name.clone(), nearest: nearest_name(model, name) }
-                })?;
+                let place = table
+                    .iter()
+                    .position(|parameter| parameter.name == *name)
+                    .ok_or_else(|| ModelError::UnknownParameter {
+                        name: name.clone(),
+                        nearest: nearest_name(model, name),
+                    })?;
                 if let Some(first) = owner[place].replace(i) {
-                    return Err(ModelError::DuplicateParameter { name: name.clone(), first, second: i });
+                    return Err(ModelError::DuplicateParameter {
+                        name: name.clone(),
+                        first,
+                        second: i,
+                    });
                 }
                 ranges.push(table[place].range());
             }
@@ -94,18 +110,41 @@ impl Optimizer {
                 weight_decay: group.weight_decay,
             });
         }
-        let covered = join(resolved.iter().flat_map(|group| group.ranges.iter().cloned()).collect());
+        let covered = join(
+            resolved
+                .iter()
+                .flat_map(|group| group.ranges.iter().cloned())
+                .collect(),
+        );
         let len = model.num_parameters();
-        Ok(Self { groups: resolved, covered, options, m: Buffer::zeroed(len), v: Buffer::zeroed(len), step: 0 })
+        Ok(Self {
+            groups: resolved,
+            covered,
+            options,
+            m: Buffer::zeroed(len),
+            v: Buffer::zeroed(len),
+            step: 0,
+        })
     }
 
     /// The usual two groups: weight decay on matrices, none on vectors.
     pub fn default_groups(model: &Model, weight_decay: f64) -> Vec<ParameterGroup> {
-        let (matrices, vectors): (Vec<_>, Vec<_>) = model.table().iter().partition(|parameter| parameter.decay);
-        let names = |parameters: Vec<&crate::Parameter>| parameters.iter().map(|p| p.name.clone()).collect();
+        let (matrices, vectors): (Vec<_>, Vec<_>) =
+            model.table().iter().partition(|parameter| parameter.decay);
+        let names = |parameters: Vec<&crate::Parameter>| {
+            parameters.iter().map(|p| p.name.clone()).collect()
+        };
         vec![
-            ParameterGroup { names: names(matrices), learning_rate_scale: 1.0, weight_decay },
-            ParameterGroup { names: names(vectors), learning_rate_scale: 1.0, weight_decay: 0.0 },
+            ParameterGroup {
+                names: names(matrices),
+                learning_rate_scale: 1.0,
+                weight_decay,
+            },
+            ParameterGroup {
+                names: names(vectors),
+                learning_rate_scale: 1.0,
+                weight_decay: 0.0,
+            },
         ]
     }
 
@@ -125,9 +164,12 @@ impl Optimizer {
             return Err(ModelError::argument("learning_rate", message));
         }
         if let Some(limit) = clip_norm
-            && !(limit > 0.0)
+            && (limit.is_nan() || limit <= 0.0)
         {
-            return Err(ModelError::argument("clip_norm", format!("must be positive, got {limit}")));
+            return Err(ModelError::argument(
+                "clip_norm",
+                format!("must be positive, got {limit}"),
+            ));
         }
         if model.num_parameters() != self.m.len() {
             let (expected, got) = (self.m.len(), model.num_parameters());
@@ -135,10 +177,14 @@ impl Optimizer {
         }
         let gradients = model.gradients().ok_or(ModelError::NoGradients)?;
         let (kernels, pool) = (*model.kernels(), model.pool());
-        let square_of = |range: &Range<usize>| kernels.norm_squared_f64(pool, &gradients[range.clone()]);
+        let square_of =
+            |range: &Range<usize>| kernels.norm_squared_f64(pool, &gradients[range.clone()]);
         let grad_norm = self.covered.iter().map(square_of).sum::<f64>().sqrt();
         if !grad_norm.is_finite() {
-            return Ok(StepInfo { grad_norm, skipped: true });
+            return Ok(StepInfo {
+                grad_norm,
+                skipped: true,
+            });
         }
         self.step += 1;
         let gradient_scale = match clip_norm {
@@ -163,8 +209,19 @@ impl Optimizer {
         }
         groups.sort_by_key(|group| group.range.start);
         let (compute, parameters, gradients) = model.step_parts()?;
-        kernels.adamw(&compute.pool, parameters, gradients, &mut self.m, &mut self.v, &groups, &settings);
-        Ok(StepInfo { grad_norm, skipped: false })
+        kernels.adamw(
+            &compute.pool,
+            parameters,
+            gradients,
+            &mut self.m,
+            &mut self.v,
+            &groups,
+            &settings,
+        );
+        Ok(StepInfo {
+            grad_norm,
+            skipped: false,
+        })
     }
 
     /// First moments, flat like the parameters.
@@ -201,18 +258,26 @@ impl Optimizer {
 fn check_options(options: &OptimizerOptions) -> Result<(), ModelError> {
     for (argument, beta) in [("betas[0]", options.betas.0), ("betas[1]", options.betas.1)] {
         if !(0.0..1.0).contains(&beta) {
-            return Err(ModelError::argument(argument, format!("must be in [0, 1), got {beta}")));
+            return Err(ModelError::argument(
+                argument,
+                format!("must be in [0, 1), got {beta}"),
+            ));
         }
     }
     if !(options.eps >= 0.0 && options.eps.is_finite()) {
-        return Err(ModelError::argument("eps", format!("must be a finite number of at least 0, got {}", options.eps)));
+        return Err(ModelError::argument(
+            "eps",
+            format!("must be a finite number of at least 0, got {}", options.eps),
+        ));
     }
     Ok(())
 }
 
 fn check_group(group: &ParameterGroup) -> Result<(), ModelError> {
-    let settings =
-        [("learning_rate_scale", group.learning_rate_scale), ("weight_decay", group.weight_decay)];
+    let settings = [
+        ("learning_rate_scale", group.learning_rate_scale),
+        ("weight_decay", group.weight_decay),
+    ];
     for (argument, value) in settings {
         if !(value >= 0.0 && value.is_finite()) {
             let message = format!("must be a finite number of at least 0, got {value}");
@@ -237,8 +302,14 @@ fn join(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
 
 /// The table's name that is most like `name`: the fewest edits.
 fn nearest_name(model: &Model, name: &str) -> String {
-    let names = model.table().iter().map(|parameter| parameter.name.as_str());
-    names.min_by_key(|candidate| edit_distance(candidate, name)).unwrap_or_default().to_owned()
+    let names = model
+        .table()
+        .iter()
+        .map(|parameter| parameter.name.as_str());
+    names
+        .min_by_key(|candidate| edit_distance(candidate, name))
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// Levenshtein's distance in bytes.

@@ -78,23 +78,55 @@ impl Layout {
         let embedding = Embedding {
             width: hidden,
             tokens: table.matrix(Role::Embedding, config.vocab_size, hidden, Initial::Normal),
-            positions: (config.position == PositionKind::Learned)
-                .then(|| table.matrix(Role::Positions, config.max_position_embeddings, hidden, Initial::Normal)),
+            positions: (config.position == PositionKind::Learned).then(|| {
+                table.matrix(
+                    Role::Positions,
+                    config.max_position_embeddings,
+                    hidden,
+                    Initial::Normal,
+                )
+            }),
         };
-        let blocks = (0..config.num_hidden_layers).map(|layer| table.block(config, layer)).collect();
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| table.block(config, layer))
+            .collect();
         let final_norm = table.norm(config, Role::FinalNorm);
         let head = if config.tie_word_embeddings {
-            Linear { inputs: hidden, outputs: config.vocab_size, weight: embedding.tokens, bias: None }
+            Linear {
+                inputs: hidden,
+                outputs: config.vocab_size,
+                weight: embedding.tokens,
+                bias: None,
+            }
         } else {
             let weight = table.matrix(Role::Head, config.vocab_size, hidden, Initial::Normal);
-            Linear { inputs: hidden, outputs: config.vocab_size, weight, bias: None }
+            Linear {
+                inputs: hidden,
+                outputs: config.vocab_size,
+                weight,
+                bias: None,
+            }
         };
         let score = (num_values > 0).then(|| {
             let weight = table.matrix(Role::Score, num_values, hidden, Initial::Score);
             let bias = table.vector(Role::Score, "bias", num_values, Initial::Zero);
-            Linear { inputs: hidden, outputs: num_values, weight, bias: Some(bias) }
+            Linear {
+                inputs: hidden,
+                outputs: num_values,
+                weight,
+                bias: Some(bias),
+            }
         });
-        Self { embedding, blocks, final_norm, head, score, table: table.table, initial: table.initial, len: table.len }
+        Self {
+            embedding,
+            blocks,
+            final_norm,
+            head,
+            score,
+            table: table.table,
+            initial: table.initial,
+            len: table.len,
+        }
     }
 }
 
@@ -107,13 +139,30 @@ struct TableBuilder {
 
 impl TableBuilder {
     fn new(family: Family) -> Self {
-        Self { family, table: Vec::new(), initial: Vec::new(), len: 0 }
+        Self {
+            family,
+            table: Vec::new(),
+            initial: Vec::new(),
+            len: 0,
+        }
     }
 
-    fn push(&mut self, name: String, shape: Vec<usize>, transposed: bool, initial: Initial) -> usize {
+    fn push(
+        &mut self,
+        name: String,
+        shape: Vec<usize>,
+        transposed: bool,
+        initial: Initial,
+    ) -> usize {
         let offset = self.len;
         let decay = shape.len() > 1;
-        let parameter = Parameter { name, offset, shape, transposed, decay };
+        let parameter = Parameter {
+            name,
+            offset,
+            shape,
+            transposed,
+            decay,
+        };
         self.len += parameter.len();
         self.table.push(parameter);
         self.initial.push(initial);
@@ -121,30 +170,62 @@ impl TableBuilder {
     }
 
     fn vector(&mut self, role: Role, suffix: &str, len: usize, initial: Initial) -> usize {
-        self.push(format!("{}.{suffix}", self.family.name(role)), vec![len], false, initial)
+        self.push(
+            format!("{}.{suffix}", self.family.name(role)),
+            vec![len],
+            false,
+            initial,
+        )
     }
 
     /// A matrix that is no linear layer of a block: never shown transposed.
     fn matrix(&mut self, role: Role, rows: usize, cols: usize, initial: Initial) -> usize {
-        self.push(format!("{}.weight", self.family.name(role)), vec![rows, cols], false, initial)
+        self.push(
+            format!("{}.weight", self.family.name(role)),
+            vec![rows, cols],
+            false,
+            initial,
+        )
     }
 
     /// The weight of a linear layer of a block, stored as [outputs, inputs].
     fn weight(&mut self, role: Role, outputs: usize, inputs: usize, initial: Initial) -> usize {
         let transposed = self.family.transposes_linear();
-        let shape = if transposed { vec![inputs, outputs] } else { vec![outputs, inputs] };
-        self.push(format!("{}.weight", self.family.name(role)), shape, transposed, initial)
+        let shape = if transposed {
+            vec![inputs, outputs]
+        } else {
+            vec![outputs, inputs]
+        };
+        self.push(
+            format!("{}.weight", self.family.name(role)),
+            shape,
+            transposed,
+            initial,
+        )
     }
 
     fn norm(&mut self, config: &Config, role: Role) -> Norm {
         let size = config.hidden_size;
         let gain = self.vector(role, "weight", size, Initial::One);
-        let bias = (config.norm == NormKind::Layer).then(|| self.vector(role, "bias", size, Initial::Zero));
-        Norm { kind: config.norm, size, gain, bias, eps: config.norm_eps as f32 }
+        let bias = (config.norm == NormKind::Layer)
+            .then(|| self.vector(role, "bias", size, Initial::Zero));
+        Norm {
+            kind: config.norm,
+            size,
+            gain,
+            bias,
+            eps: config.norm_eps as f32,
+        }
     }
 
     /// A linear layer made of neighbouring parts, each with a name of its own: all weights, then all biases.
-    fn linear(&mut self, inputs: usize, parts: &[(Role, usize)], bias: bool, initial: Initial) -> Linear {
+    fn linear(
+        &mut self,
+        inputs: usize,
+        parts: &[(Role, usize)],
+        bias: bool,
+        initial: Initial,
+    ) -> Linear {
         let weight = self.len;
         for &(role, outputs) in parts {
             self.weight(role, outputs, inputs, initial);
@@ -156,7 +237,12 @@ impl TableBuilder {
             }
         }
         let outputs = parts.iter().map(|&(_, outputs)| outputs).sum();
-        Linear { inputs, outputs, weight, bias: bias.then_some(bias_start) }
+        Linear {
+            inputs,
+            outputs,
+            weight,
+            bias: bias.then_some(bias_start),
+        }
     }
 
     fn block(&mut self, config: &Config, layer: usize) -> Block {
@@ -166,10 +252,18 @@ impl TableBuilder {
         let attention_norm = self.norm(config, Role::AttentionNorm(layer));
         let qkv_bias = config.attention_bias != AttentionBias::None;
         let qkv = if self.family.fuses_qkv() {
-            self.linear(hidden, &[(Role::FusedQkv(layer), config.qkv_width())], qkv_bias, Initial::Normal)
+            self.linear(
+                hidden,
+                &[(Role::FusedQkv(layer), config.qkv_width())],
+                qkv_bias,
+                Initial::Normal,
+            )
         } else {
-            let parts =
-                [(Role::Query(layer), query), (Role::Key(layer), key_value), (Role::Value(layer), key_value)];
+            let parts = [
+                (Role::Query(layer), query),
+                (Role::Key(layer), key_value),
+                (Role::Value(layer), key_value),
+            ];
             self.linear(hidden, &parts, qkv_bias, Initial::Normal)
         };
         let head_norm = |table: &mut Self, role| Norm {
@@ -179,20 +273,42 @@ impl TableBuilder {
             bias: None,
             eps: config.norm_eps as f32,
         };
-        let head_norms = config
-            .qk_norm
-            .then(|| (head_norm(self, Role::QueryNorm(layer)), head_norm(self, Role::KeyNorm(layer))));
+        let head_norms = config.qk_norm.then(|| {
+            (
+                head_norm(self, Role::QueryNorm(layer)),
+                head_norm(self, Role::KeyNorm(layer)),
+            )
+        });
         let output_bias = config.attention_bias == AttentionBias::Qkvo;
-        let output =
-            self.linear(query, &[(Role::AttentionOutput(layer), hidden)], output_bias, Initial::Residual);
+        let output = self.linear(
+            query,
+            &[(Role::AttentionOutput(layer), hidden)],
+            output_bias,
+            Initial::Residual,
+        );
 
         let mlp_norm = self.norm(config, Role::MlpNorm(layer));
         let up = if config.activation == ActivationKind::Swiglu {
-            self.linear(hidden, &[(Role::Gate(layer), ff), (Role::Up(layer), ff)], config.mlp_bias, Initial::Normal)
+            self.linear(
+                hidden,
+                &[(Role::Gate(layer), ff), (Role::Up(layer), ff)],
+                config.mlp_bias,
+                Initial::Normal,
+            )
         } else {
-            self.linear(hidden, &[(Role::Up(layer), ff)], config.mlp_bias, Initial::Normal)
+            self.linear(
+                hidden,
+                &[(Role::Up(layer), ff)],
+                config.mlp_bias,
+                Initial::Normal,
+            )
         };
-        let down = self.linear(ff, &[(Role::Down(layer), hidden)], config.mlp_bias, Initial::Residual);
+        let down = self.linear(
+            ff,
+            &[(Role::Down(layer), hidden)],
+            config.mlp_bias,
+            Initial::Residual,
+        );
 
         Block {
             layer,
@@ -206,7 +322,12 @@ impl TableBuilder {
                 output,
             },
             mlp_norm,
-            mlp: Mlp { activation: config.activation, width: ff, up, down },
+            mlp: Mlp {
+                activation: config.activation,
+                width: ff,
+                up,
+                down,
+            },
         }
     }
 }

@@ -15,7 +15,9 @@ fn check(name: &str, model: &mut Model, data: &Data, options: &ForwardOptions<'_
     let mixture = Mixture::new(data.tokens.len(), model.num_values(), hidden_floats, 5);
     model.zero_grad();
     let (context, _) = model.forward(&data.batch(), options).unwrap();
-    model.backward(&mut context.unwrap(), &mixture.gradients(options.want)).unwrap();
+    model
+        .backward(&mut context.unwrap(), &mixture.gradients(options.want))
+        .unwrap();
     let gradients = model.gradients().unwrap().to_vec();
     let start = model.parameters().to_vec();
     for parameter in model.table().to_vec() {
@@ -30,7 +32,11 @@ fn check(name: &str, model: &mut Model, data: &Data, options: &ForwardOptions<'_
         let step = 1.5e-3 * size.max(0.5);
         let mut at = |multiple: f64| {
             let parameters = model.parameters_mut();
-            for ((p, &p0), &g) in parameters[range.clone()].iter_mut().zip(&start[range.clone()]).zip(gradient) {
+            for ((p, &p0), &g) in parameters[range.clone()]
+                .iter_mut()
+                .zip(&start[range.clone()])
+                .zip(gradient)
+            {
                 *p = (f64::from(p0) + multiple * step * f64::from(g) / norm) as f32;
             }
             let loss = mixture.loss(&model.forward(&data.batch(), options).unwrap().1);
@@ -39,12 +45,19 @@ fn check(name: &str, model: &mut Model, data: &Data, options: &ForwardOptions<'_
         };
         let slope = (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * step);
         let error = (slope - norm).abs() / norm;
-        assert!(error < TOLERANCE, "{name}: {}: slope {slope}, gradient {norm}", parameter.name);
+        assert!(
+            error < TOLERANCE,
+            "{name}: {}: slope {slope}, gradient {norm}",
+            parameter.name
+        );
     }
 }
 
 fn options(want: Want) -> ForwardOptions<'static> {
-    ForwardOptions { want, ..ForwardOptions::default() }
+    ForwardOptions {
+        want,
+        ..ForwardOptions::default()
+    }
 }
 
 #[test]
@@ -53,6 +66,31 @@ fn every_tensor_of_every_architecture_through_all_outputs() {
         let mut model = model_with(&config, None, 2, 2);
         let data = Data::new(&config, &[5, 1, 0, 9, 70], 1);
         check(name, &mut model, &data, &options(ALL));
+    }
+}
+
+#[test]
+fn batches_of_several_chunks_of_rows() {
+    // A wide MLP leaves room for attention's gradients in the place of its pre-activations; a narrow one does not.
+    let wide = |base: Config| Config {
+        intermediate_size: 96,
+        num_hidden_layers: 2,
+        ..base
+    };
+    let lengths: Vec<usize> = (0..40).map(|i| 60 + i / 2).collect();
+    for (config, dropout) in [
+        (gpt2(), 0.1),
+        (wide(gpt2()), 0.0),
+        (wide(common::qwen3()), 0.1),
+    ] {
+        let config = Config {
+            num_hidden_layers: 1,
+            dropout,
+            ..config
+        };
+        let mut model = model_with(&config, None, 2, 1);
+        let data = Data::new(&config, &lengths, 11);
+        check("several chunks", &mut model, &data, &options(ALL));
     }
 }
 
@@ -71,12 +109,36 @@ fn every_level() {
 fn each_output_alone() {
     let none = Want::default();
     let singles = [
-        ("logprobs", Want { logprobs: true, ..none }),
-        ("entropy", Want { entropy: true, ..none }),
+        (
+            "logprobs",
+            Want {
+                logprobs: true,
+                ..none
+            },
+        ),
+        (
+            "entropy",
+            Want {
+                entropy: true,
+                ..none
+            },
+        ),
         ("lse", Want { lse: true, ..none }),
         ("zbar", Want { zbar: true, ..none }),
-        ("values", Want { values: true, ..none }),
-        ("hidden", Want { hidden: true, ..none }),
+        (
+            "values",
+            Want {
+                values: true,
+                ..none
+            },
+        ),
+        (
+            "hidden",
+            Want {
+                hidden: true,
+                ..none
+            },
+        ),
     ];
     for config in [gpt2(), llama()] {
         let mut model = model_with(&config, None, 2, 3);
@@ -113,31 +175,57 @@ fn temperature_banned_ids_and_chosen_rows() {
 #[test]
 fn dropout_is_replayed_by_the_backward_pass() {
     for base in [gpt2(), llama(), common::qwen3()] {
-        let config = Config { dropout: 0.3, ..base };
+        let config = Config {
+            dropout: 0.3,
+            ..base
+        };
         let mut model = model_with(&config, None, 2, 1);
         let data = Data::new(&config, &[6, 9], 6);
-        check("dropout", &mut model, &data, &ForwardOptions { seed: 77, ..options(ALL) });
+        check(
+            "dropout",
+            &mut model,
+            &data,
+            &ForwardOptions {
+                seed: 77,
+                ..options(ALL)
+            },
+        );
     }
 }
 
 #[test]
 fn the_fused_pass_gives_the_loss_and_gradients_of_the_two_passes() {
     for base in [gpt2(), llama()] {
-        let config = Config { dropout: 0.2, ..base };
+        let config = Config {
+            dropout: 0.2,
+            ..base
+        };
         let mut model = model_with(&config, None, 2, 0);
         let data = Data::new(&config, &[8, 3, 30], 7);
         let weights: Vec<f32> = (0..41).map(|i| 0.01 * i as f32).collect();
-        let options = ForwardOptions { temperature: 1.3, seed: 5, ..ForwardOptions::default() };
+        let options = ForwardOptions {
+            temperature: 1.3,
+            seed: 5,
+            ..ForwardOptions::default()
+        };
 
-        let loss = model.forward_backward(&data.batch(), &weights, &options).unwrap();
+        let loss = model
+            .forward_backward(&data.batch(), &weights, &options)
+            .unwrap();
         let fused = model.gradients().unwrap().to_vec();
         model.zero_grad();
         let (context, outputs) = model.forward(&data.batch(), &options).unwrap();
         let logprobs = outputs.logprobs.unwrap();
         let d: Vec<f32> = weights.iter().map(|w| -w).collect();
-        let gradients = ingot_model::OutputGradients { d_logprobs: Some(&d), ..Default::default() };
+        let gradients = ingot_model::OutputGradients {
+            d_logprobs: Some(&d),
+            ..Default::default()
+        };
         model.backward(&mut context.unwrap(), &gradients).unwrap();
         assert!((loss + dot(&weights, &logprobs)).abs() < 1e-12, "{loss}");
-        assert_eq!(common::bits(&fused), common::bits(model.gradients().unwrap()));
+        assert_eq!(
+            common::bits(&fused),
+            common::bits(model.gradients().unwrap())
+        );
     }
 }

@@ -8,32 +8,49 @@ use ingot_model::{Config, ForwardOptions, Level, Model, Optimizer, OptimizerOpti
 const LENGTHS: [usize; 6] = [5, 1, 0, 66, 9, 130];
 
 /// A configuration whose learned positions reach far enough.
-fn long(config: Config) -> Config {
-    Config { max_position_embeddings: 256, ..config }
+fn long(config: &Config) -> Config {
+    Config {
+        max_position_embeddings: 256,
+        ..config.clone()
+    }
 }
 
 fn score_only(train: bool) -> ForwardOptions<'static> {
-    ForwardOptions { train, ..ForwardOptions::default() }
+    ForwardOptions {
+        train,
+        ..ForwardOptions::default()
+    }
 }
 
 #[test]
 fn a_sequence_gives_the_same_bits_alone_in_a_pack_and_in_another_order() {
     for level in Level::available() {
         for (name, config) in all_configs() {
-            let config = long(Config { dropout: 0.25, ..config });
+            let config = long(&Config {
+                dropout: 0.25,
+                ..config
+            });
             let model = model_with(&config, Some(level), 2, 0);
             let data = Data::new(&config, &LENGTHS, 1);
             for options in [score_only(false), score_only(true)] {
                 let packed = logprobs(&model, &data, &options);
                 for i in 0..LENGTHS.len() {
                     let alone = logprobs(&model, &data.select(&[i]), &options);
-                    assert_eq!(bits(&alone), bits(&packed[data.range(i)]), "{name} {level} sequence {i}");
+                    assert_eq!(
+                        bits(&alone),
+                        bits(&packed[data.range(i)]),
+                        "{name} {level} sequence {i}"
+                    );
                 }
                 let order = [3, 0, 5, 1, 4, 2];
                 let shuffled = data.select(&order);
                 let got = logprobs(&model, &shuffled, &options);
                 for (place, &i) in order.iter().enumerate() {
-                    assert_eq!(bits(&got[shuffled.range(place)]), bits(&packed[data.range(i)]), "{name} {level}");
+                    assert_eq!(
+                        bits(&got[shuffled.range(place)]),
+                        bits(&packed[data.range(i)]),
+                        "{name} {level}"
+                    );
                 }
             }
         }
@@ -43,10 +60,19 @@ fn a_sequence_gives_the_same_bits_alone_in_a_pack_and_in_another_order() {
 #[test]
 fn training_without_dropout_and_scoring_give_the_same_bits() {
     for (name, config) in all_configs() {
-        let config = long(config);
+        let config = long(&config);
         let model = model_with(&config, None, 2, 2);
         let data = Data::new(&config, &LENGTHS, 2);
-        let run = |train| model.forward(&data.batch(), &ForwardOptions { want: ALL, train, ..Default::default() });
+        let run = |train| {
+            model.forward(
+                &data.batch(),
+                &ForwardOptions {
+                    want: ALL,
+                    train,
+                    ..Default::default()
+                },
+            )
+        };
         assert_eq!(run(true).unwrap().1, run(false).unwrap().1, "{name}");
     }
 }
@@ -54,7 +80,7 @@ fn training_without_dropout_and_scoring_give_the_same_bits() {
 #[test]
 fn one_token_changes_itself_and_what_follows_in_its_sequence_and_nothing_else() {
     for (name, config) in all_configs() {
-        let config = long(config);
+        let config = long(&config);
         let model = model_with(&config, None, 2, 0);
         let mut data = Data::new(&config, &LENGTHS, 3);
         for target in &mut data.targets {
@@ -67,19 +93,28 @@ fn one_token_changes_itself_and_what_follows_in_its_sequence_and_nothing_else() 
         let after = logprobs(&model, &data, &score_only(false));
         for row in 0..before.len() {
             let same = before[row].to_bits() == after[row].to_bits();
-            assert_eq!(same, !(changed..sequence.end).contains(&row), "{name} row {row}");
+            assert_eq!(
+                same,
+                !(changed..sequence.end).contains(&row),
+                "{name} row {row}"
+            );
         }
     }
 }
 
 #[test]
 fn instruction_levels_with_fused_arithmetic_agree_in_every_bit() {
-    let fused: Vec<Level> = Level::available().into_iter().filter(|level| *level != Level::Portable).collect();
+    let fused: Vec<Level> = Level::available()
+        .into_iter()
+        .filter(|level| *level != Level::Portable)
+        .collect();
     for (name, config) in all_configs() {
-        let config = long(config);
+        let config = long(&config);
         let data = Data::new(&config, &LENGTHS, 4);
-        let results: Vec<(Outputs, Vec<u32>)> =
-            fused.iter().map(|&level| gradients_of_everything(&config, level, &data)).collect();
+        let results: Vec<(Outputs, Vec<u32>)> = fused
+            .iter()
+            .map(|&level| gradients_of_everything(&config, level, &data))
+            .collect();
         for pair in results.windows(2) {
             assert_eq!(pair[0].0, pair[1].0, "{name}");
             assert_eq!(pair[0].1, pair[1].1, "{name}");
@@ -91,9 +126,14 @@ fn gradients_of_everything(config: &Config, level: Level, data: &Data) -> (Outpu
     let mut model = model_with(config, Some(level), 2, 1);
     let rows = data.tokens.len();
     let mixture = common::Mixture::new(rows, 1, rows * config.hidden_size, 9);
-    let options = ForwardOptions { want: ALL, ..ForwardOptions::default() };
+    let options = ForwardOptions {
+        want: ALL,
+        ..ForwardOptions::default()
+    };
     let (context, outputs) = model.forward(&data.batch(), &options).unwrap();
-    model.backward(&mut context.unwrap(), &mixture.gradients(ALL)).unwrap();
+    model
+        .backward(&mut context.unwrap(), &mixture.gradients(ALL))
+        .unwrap();
     (outputs, bits(model.gradients().unwrap()))
 }
 
@@ -107,9 +147,14 @@ fn trained(config: &Config, threads: usize) -> Model {
         let lengths: Vec<usize> = (0..4).map(|_| random.below(90)).collect();
         let data = Data::new(config, &lengths, step);
         let weights = vec![0.01; data.tokens.len()];
-        let options = ForwardOptions { seed: step, ..ForwardOptions::default() };
+        let options = ForwardOptions {
+            seed: step,
+            ..ForwardOptions::default()
+        };
         model.zero_grad();
-        model.forward_backward(&data.batch(), &weights, &options).unwrap();
+        model
+            .forward_backward(&data.batch(), &weights, &options)
+            .unwrap();
         let info = optimizer.step(&mut model, 1e-3, Some(0.5)).unwrap();
         assert!(!info.skipped);
     }
@@ -119,11 +164,18 @@ fn trained(config: &Config, threads: usize) -> Model {
 #[test]
 fn twenty_steps_give_the_same_weights_on_any_number_of_threads() {
     for config in [gpt2(), llama(), common::qwen3()] {
-        let config = long(Config { dropout: 0.1, ..config });
+        let config = long(&Config {
+            dropout: 0.1,
+            ..config
+        });
         let one = trained(&config, 1);
         for threads in [2, 3, 8] {
             let many = trained(&config, threads);
-            assert_eq!(bits(one.parameters()), bits(many.parameters()), "{threads} threads");
+            assert_eq!(
+                bits(one.parameters()),
+                bits(many.parameters()),
+                "{threads} threads"
+            );
         }
     }
 }
@@ -132,28 +184,42 @@ fn twenty_steps_give_the_same_weights_on_any_number_of_threads() {
 fn micro_batches_add_up_to_the_batch() {
     for dropout in [0.0, 0.3] {
         for config in [gpt2(), llama()] {
-            let config = long(Config { dropout, ..config });
+            let config = long(&Config { dropout, ..config });
             let mut model = model_with(&config, None, 2, 0);
             let data = Data::new(&config, &[40, 17, 3, 60, 1, 28, 33, 9], 6);
-            let options = ForwardOptions { seed: 4, ..ForwardOptions::default() };
+            let options = ForwardOptions {
+                seed: 4,
+                ..ForwardOptions::default()
+            };
             let weight = 1.0 / data.tokens.len() as f32;
-            let whole =
-                model.forward_backward(&data.batch(), &vec![weight; data.tokens.len()], &options).unwrap();
+            let whole = model
+                .forward_backward(&data.batch(), &vec![weight; data.tokens.len()], &options)
+                .unwrap();
             let expected = model.gradients().unwrap().to_vec();
             model.zero_grad();
             let mut loss = 0.0;
             for i in 0..8 {
                 let part = data.select(&[i]);
-                loss += model.forward_backward(&part.batch(), &vec![weight; part.tokens.len()], &options).unwrap();
+                loss += model
+                    .forward_backward(&part.batch(), &vec![weight; part.tokens.len()], &options)
+                    .unwrap();
             }
             assert!((whole - loss).abs() < 1e-12 * whole.abs());
             let got = model.gradients().unwrap();
             for parameter in model.table() {
-                let pairs = || got[parameter.range()].iter().zip(&expected[parameter.range()]);
+                let pairs = || {
+                    got[parameter.range()]
+                        .iter()
+                        .zip(&expected[parameter.range()])
+                };
                 let largest = pairs().map(|(_, b)| b.abs()).fold(0.0, f32::max);
                 let difference = pairs().map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 // Keys' biases have a zero gradient in exact arithmetic: only rounding remains there.
-                assert!(difference <= 1e-5 * largest + 1e-8, "{}: {difference} of {largest}", parameter.name);
+                assert!(
+                    difference <= 1e-5 * largest + 1e-8,
+                    "{}: {difference} of {largest}",
+                    parameter.name
+                );
             }
         }
     }
@@ -161,10 +227,22 @@ fn micro_batches_add_up_to_the_batch() {
 
 #[test]
 fn dropout_masks_follow_seed_sequence_and_nothing_else() {
-    let config = Config { dropout: 0.4, ..gpt2() };
+    let config = Config {
+        dropout: 0.4,
+        ..gpt2()
+    };
     let model = model_with(&config, None, 2, 0);
     let mut data = Data::new(&config, &[20], 8);
-    let with_seed = |data: &Data, seed| logprobs(&model, data, &ForwardOptions { seed, ..Default::default() });
+    let with_seed = |data: &Data, seed| {
+        logprobs(
+            &model,
+            data,
+            &ForwardOptions {
+                seed,
+                ..Default::default()
+            },
+        )
+    };
     let first = with_seed(&data, 1);
     assert_eq!(bits(&first), bits(&with_seed(&data, 1)));
     assert_ne!(bits(&first), bits(&with_seed(&data, 2)));

@@ -4,7 +4,8 @@ mod common;
 
 use common::{Data, bits, gpt2, llama, model, model_with};
 use ingot_model::{
-    EpsMode, ForwardOptions, Model, ModelError, Optimizer, OptimizerOptions, ParameterGroup, StepInfo,
+    EpsMode, ForwardOptions, Model, ModelError, Optimizer, OptimizerOptions, ParameterGroup,
+    StepInfo,
 };
 
 fn fill_gradients(model: &mut Model, seed: u64) {
@@ -26,7 +27,11 @@ fn steps_follow_the_formulas() {
     for eps_mode in [EpsMode::Torch, EpsMode::Tf] {
         let config = gpt2();
         let mut model = model_with(&config, None, 2, 1);
-        let options = OptimizerOptions { betas: (0.8, 0.9), eps: 1e-3, eps_mode };
+        let options = OptimizerOptions {
+            betas: (0.8, 0.9),
+            eps: 1e-3,
+            eps_mode,
+        };
         let groups = Optimizer::default_groups(&model, 0.2);
         let mut optimizer = Optimizer::new(&model, &groups, options).unwrap();
         let decay: Vec<f64> = model
@@ -34,16 +39,30 @@ fn steps_follow_the_formulas() {
             .iter()
             .flat_map(|p| std::iter::repeat_n(if p.shape.len() > 1 { 0.2 } else { 0.0 }, p.len()))
             .collect();
-        let mut twin: Vec<Scalar> =
-            model.parameters().iter().map(|&p| Scalar { p: f64::from(p), m: 0.0, v: 0.0 }).collect();
+        let mut twin: Vec<Scalar> = model
+            .parameters()
+            .iter()
+            .map(|&p| Scalar {
+                p: f64::from(p),
+                m: 0.0,
+                v: 0.0,
+            })
+            .collect();
         for step in 1..=5 {
             fill_gradients(&mut model, step);
             let gradients = model.gradients().unwrap().to_vec();
-            let norm = gradients.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>().sqrt();
+            let norm = gradients
+                .iter()
+                .map(|&g| f64::from(g) * f64::from(g))
+                .sum::<f64>()
+                .sqrt();
             let clip = 1.5;
             let info = optimizer.step(&mut model, 0.01, Some(clip)).unwrap();
             assert!((info.grad_norm - norm).abs() < 1e-9 * norm && !info.skipped);
-            let (correct_m, correct_v) = (1.0 - 0.8_f64.powi(step as i32), 1.0 - 0.9_f64.powi(step as i32));
+            let (correct_m, correct_v) = (
+                1.0 - 0.8_f64.powi(step as i32),
+                1.0 - 0.9_f64.powi(step as i32),
+            );
             for ((twin, &g), &decay) in twin.iter_mut().zip(&gradients).zip(&decay) {
                 let g = f64::from(g) * clip / norm;
                 twin.m = 0.8 * twin.m + 0.2 * g;
@@ -51,14 +70,22 @@ fn steps_follow_the_formulas() {
                 twin.p *= 1.0 - 0.01 * decay;
                 twin.p -= 0.01
                     * match eps_mode {
-                        EpsMode::Torch => (twin.m / correct_m) / ((twin.v / correct_v).sqrt() + 1e-3),
-                        EpsMode::Tf => correct_v.sqrt() / correct_m * twin.m / (twin.v.sqrt() + 1e-3),
+                        EpsMode::Torch => {
+                            (twin.m / correct_m) / ((twin.v / correct_v).sqrt() + 1e-3)
+                        }
+                        EpsMode::Tf => {
+                            correct_v.sqrt() / correct_m * twin.m / (twin.v.sqrt() + 1e-3)
+                        }
                     };
             }
         }
         assert_eq!(optimizer.steps_taken(), 5);
         for (p, twin) in model.parameters().iter().zip(&twin) {
-            assert!((f64::from(*p) - twin.p).abs() < 3e-7 + 1e-5 * twin.p.abs() / 10.0, "{p} {}", twin.p);
+            assert!(
+                (f64::from(*p) - twin.p).abs() < 3e-7 + 1e-5 * twin.p.abs() / 10.0,
+                "{p} {}",
+                twin.p
+            );
         }
     }
 }
@@ -72,11 +99,22 @@ fn a_gradient_that_is_not_finite_skips_the_step() {
         let mut optimizer = Optimizer::new(&model, &groups, OptimizerOptions::default()).unwrap();
         fill_gradients(&mut model, 1);
         optimizer.step(&mut model, 1e-3, None).unwrap();
-        let before = (bits(model.parameters()), bits(optimizer.first_moments()), optimizer.steps_taken());
+        let before = (
+            bits(model.parameters()),
+            bits(optimizer.first_moments()),
+            optimizer.steps_taken(),
+        );
         model.gradients_mut()[7] = bad;
         let StepInfo { grad_norm, skipped } = optimizer.step(&mut model, 1e-3, Some(1.0)).unwrap();
         assert!(skipped && !grad_norm.is_finite());
-        assert_eq!(before, (bits(model.parameters()), bits(optimizer.first_moments()), optimizer.steps_taken()));
+        assert_eq!(
+            before,
+            (
+                bits(model.parameters()),
+                bits(optimizer.first_moments()),
+                optimizer.steps_taken()
+            )
+        );
     }
 }
 
@@ -89,7 +127,10 @@ fn groups_scale_the_learning_rate_and_leave_the_rest_alone() {
         learning_rate_scale: scale,
         weight_decay: 0.0,
     };
-    let groups = [group(&["transformer.wpe.weight"], 1.0), group(&["score.weight", "transformer.ln_f.bias"], 0.5)];
+    let groups = [
+        group(&["transformer.wpe.weight"], 1.0),
+        group(&["score.weight", "transformer.ln_f.bias"], 0.5),
+    ];
     let mut optimizer = Optimizer::new(&model, &groups, OptimizerOptions::default()).unwrap();
     model.gradients_mut().fill(1.0);
     let before = model.parameters().to_vec();
@@ -103,7 +144,11 @@ fn groups_scale_the_learning_rate_and_leave_the_rest_alone() {
             _ => 0.0,
         };
         for i in parameter.range() {
-            assert!((before[i] - model.parameters()[i] - expected).abs() < 1e-6, "{}", parameter.name);
+            assert!(
+                (before[i] - model.parameters()[i] - expected).abs() < 1e-6,
+                "{}",
+                parameter.name
+            );
         }
     }
 }
@@ -145,27 +190,59 @@ fn wrong_uses_are_refused() {
         learning_rate_scale: 1.0,
         weight_decay: 0.0,
     };
-    let refused = |groups: &[ParameterGroup], options| Optimizer::new(&model, groups, options).unwrap_err();
+    let refused =
+        |groups: &[ParameterGroup], options| Optimizer::new(&model, groups, options).unwrap_err();
     let error = refused(&[group("transformer.wte.wieght")], default);
     let nearest = "transformer.wte.weight".to_owned();
-    assert_eq!(error, ModelError::UnknownParameter { name: "transformer.wte.wieght".to_owned(), nearest });
+    assert_eq!(
+        error,
+        ModelError::UnknownParameter {
+            name: "transformer.wte.wieght".to_owned(),
+            nearest
+        }
+    );
     let twice = [group("score.bias"), group("score.bias")];
-    let expected = ModelError::DuplicateParameter { name: "score.bias".to_owned(), first: 0, second: 1 };
+    let expected = ModelError::DuplicateParameter {
+        name: "score.bias".to_owned(),
+        first: 0,
+        second: 1,
+    };
     assert_eq!(refused(&twice, default), expected);
-    let beta = OptimizerOptions { betas: (0.9, 1.0), ..default };
-    assert_eq!(refused(&[], beta).to_string(), "betas[1]: must be in [0, 1), got 1");
+    let beta = OptimizerOptions {
+        betas: (0.9, 1.0),
+        ..default
+    };
+    assert_eq!(
+        refused(&[], beta).to_string(),
+        "betas[1]: must be in [0, 1), got 1"
+    );
 
     let groups = Optimizer::default_groups(&model, 0.1);
     let mut optimizer = Optimizer::new(&model, &groups, default).unwrap();
-    assert_eq!(optimizer.step(&mut model, 1e-3, None), Err(ModelError::NoGradients));
+    assert_eq!(
+        optimizer.step(&mut model, 1e-3, None),
+        Err(ModelError::NoGradients)
+    );
     model.gradients_mut();
-    let text = optimizer.step(&mut model, f64::NAN, None).unwrap_err().to_string();
-    assert_eq!(text, "learning_rate: must be a finite number of at least 0, got NaN");
-    let text = optimizer.step(&mut model, 1e-3, Some(0.0)).unwrap_err().to_string();
+    let text = optimizer
+        .step(&mut model, f64::NAN, None)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        text,
+        "learning_rate: must be a finite number of at least 0, got NaN"
+    );
+    let text = optimizer
+        .step(&mut model, 1e-3, Some(0.0))
+        .unwrap_err()
+        .to_string();
     assert_eq!(text, "clip_norm: must be positive, got 0");
     let mut other = model_with(&llama(), None, 1, 0);
     other.gradients_mut();
-    assert!(matches!(optimizer.step(&mut other, 1e-3, None), Err(ModelError::OptimizerMismatch { .. })));
+    assert!(matches!(
+        optimizer.step(&mut other, 1e-3, None),
+        Err(ModelError::OptimizerMismatch { .. })
+    ));
 }
 
 #[test]
@@ -179,9 +256,18 @@ fn training_lowers_the_loss() {
         let mut losses = Vec::new();
         for _ in 0..120 {
             model.zero_grad();
-            losses.push(model.forward_backward(&data.batch(), &weights, &ForwardOptions::default()).unwrap());
+            losses.push(
+                model
+                    .forward_backward(&data.batch(), &weights, &ForwardOptions::default())
+                    .unwrap(),
+            );
             optimizer.step(&mut model, 1e-2, Some(1.0)).unwrap();
         }
-        assert!(losses[119] < 0.2 * losses[0], "{} -> {}", losses[0], losses[119]);
+        assert!(
+            losses[119] < 0.2 * losses[0],
+            "{} -> {}",
+            losses[0],
+            losses[119]
+        );
     }
 }

@@ -6,18 +6,39 @@ use common::{gpt2, llama, mixed, qwen2, qwen3};
 use ingot_model::{Config, Family, Model, Options};
 
 fn table(config: &Config, num_values: usize) -> Vec<(String, Vec<usize>, bool)> {
-    let model = Model::new(config.clone(), 0, Options { num_values, ..Options::default() }).unwrap();
-    model.table().iter().map(|p| (p.name.clone(), p.shape.clone(), p.transposed)).collect()
+    let model = Model::new(
+        config.clone(),
+        0,
+        Options {
+            num_values,
+            ..Options::default()
+        },
+    )
+    .unwrap();
+    model
+        .table()
+        .iter()
+        .map(|p| (p.name.clone(), p.shape.clone(), p.transposed))
+        .collect()
 }
 
 fn names(config: &Config) -> Vec<String> {
-    let config = Config { num_hidden_layers: 1, ..config.clone() };
-    table(&config, 0).into_iter().map(|(name, ..)| name).collect()
+    let config = Config {
+        num_hidden_layers: 1,
+        ..config.clone()
+    };
+    table(&config, 0)
+        .into_iter()
+        .map(|(name, ..)| name)
+        .collect()
 }
 
 #[test]
 fn gpt2_has_the_names_and_shapes_of_hugging_face() {
-    let config = Config { num_hidden_layers: 1, ..gpt2() };
+    let config = Config {
+        num_hidden_layers: 1,
+        ..gpt2()
+    };
     let expected: [(&str, &[usize], bool); 16] = [
         ("transformer.wte.weight", &[13, 15], false),
         ("transformer.wpe.weight", &[80, 15], false),
@@ -36,14 +57,19 @@ fn gpt2_has_the_names_and_shapes_of_hugging_face() {
         ("transformer.ln_f.weight", &[15], false),
         ("transformer.ln_f.bias", &[15], false),
     ];
-    let expected: Vec<_> =
-        expected.iter().map(|(name, shape, transposed)| ((*name).to_owned(), shape.to_vec(), *transposed)).collect();
+    let expected: Vec<_> = expected
+        .iter()
+        .map(|(name, shape, transposed)| ((*name).to_owned(), shape.to_vec(), *transposed))
+        .collect();
     assert_eq!(table(&config, 0), expected);
 }
 
 #[test]
 fn llama_has_the_names_and_shapes_of_hugging_face() {
-    let config = Config { num_hidden_layers: 1, ..llama() };
+    let config = Config {
+        num_hidden_layers: 1,
+        ..llama()
+    };
     let expected: [(&str, &[usize]); 14] = [
         ("model.embed_tokens.weight", &[13, 20]),
         ("model.layers.0.input_layernorm.weight", &[20]),
@@ -60,7 +86,10 @@ fn llama_has_the_names_and_shapes_of_hugging_face() {
         ("score.weight", &[2, 20]),
         ("score.bias", &[2]),
     ];
-    let expected: Vec<_> = expected.iter().map(|(name, shape)| ((*name).to_owned(), shape.to_vec(), false)).collect();
+    let expected: Vec<_> = expected
+        .iter()
+        .map(|(name, shape)| ((*name).to_owned(), shape.to_vec(), false))
+        .collect();
     assert_eq!(table(&config, 2), expected);
 }
 
@@ -84,8 +113,22 @@ fn families() {
         (qwen2(), Family::Qwen2, "qwen2"),
         (qwen3(), Family::Qwen3, "qwen3"),
         (mixed(), Family::Ingot, "ingot"),
-        (Config { num_key_value_heads: 1, ..gpt2() }, Family::Ingot, "ingot"),
-        (Config { mlp_bias: true, ..qwen3() }, Family::Ingot, "ingot"),
+        (
+            Config {
+                num_key_value_heads: 1,
+                ..gpt2()
+            },
+            Family::Ingot,
+            "ingot",
+        ),
+        (
+            Config {
+                mlp_bias: true,
+                ..qwen3()
+            },
+            Family::Ingot,
+            "ingot",
+        ),
     ];
     for (config, family, name) in cases {
         assert_eq!(Family::of(&config), family);
@@ -96,7 +139,15 @@ fn families() {
 #[test]
 fn tensors_cover_the_flat_buffer_without_gaps() {
     for (name, config) in common::all_configs() {
-        let model = Model::new(config, 0, Options { num_values: 3, ..Options::default() }).unwrap();
+        let model = Model::new(
+            config,
+            0,
+            Options {
+                num_values: 3,
+                ..Options::default()
+            },
+        )
+        .unwrap();
         let mut next = 0;
         for parameter in model.table() {
             assert_eq!(parameter.offset, next, "{name} {}", parameter.name);
@@ -109,17 +160,41 @@ fn tensors_cover_the_flat_buffer_without_gaps() {
 
 #[test]
 fn first_values_have_the_promised_spread_and_follow_the_seed_alone() {
-    let config = Config { hidden_size: 300, initializer_range: 0.02, vocab_size: 500, ..gpt2() };
-    let config = Config { head_dim: 100, intermediate_size: 1200, num_hidden_layers: 2, ..config };
+    let config = Config {
+        hidden_size: 300,
+        initializer_range: 0.02,
+        vocab_size: 500,
+        ..gpt2()
+    };
+    let config = Config {
+        head_dim: 100,
+        intermediate_size: 1200,
+        num_hidden_layers: 2,
+        ..config
+    };
     let make = |seed, threads| {
-        Model::new(config.clone(), seed, Options { threads, num_values: 8, ..Options::default() }).unwrap()
+        Model::new(
+            config.clone(),
+            seed,
+            Options {
+                threads,
+                num_values: 8,
+                ..Options::default()
+            },
+        )
+        .unwrap()
     };
     let model = make(1, 1);
     for parameter in model.table() {
         let values = &model.parameters()[parameter.range()];
         let count = values.len() as f64;
         let mean = values.iter().map(|&x| f64::from(x)).sum::<f64>() / count;
-        let deviation = (values.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / count).sqrt();
+        let deviation = (values
+            .iter()
+            .map(|&x| (f64::from(x) - mean).powi(2))
+            .sum::<f64>()
+            / count)
+            .sqrt();
         let name = parameter.name.as_str();
         let expected = match name {
             "score.weight" => 1.0 / 301.0_f64.sqrt(),
@@ -127,13 +202,25 @@ fn first_values_have_the_promised_spread_and_follow_the_seed_alone() {
             _ if parameter.decay => 0.02,
             _ => {
                 let constant = if name.ends_with("weight") { 1.0 } else { 0.0 };
-                assert!(values.iter().all(|&x| x == constant), "{name}");
+                assert!(
+                    values.iter().all(|x| x.to_bits() == f32::to_bits(constant)),
+                    "{name}"
+                );
                 continue;
             }
         };
-        assert!((deviation / expected - 1.0).abs() < 5.0 / (2.0 * count).sqrt(), "{name}: {deviation} {expected}");
+        assert!(
+            (deviation / expected - 1.0).abs() < 5.0 / (2.0 * count).sqrt(),
+            "{name}: {deviation} {expected}"
+        );
         assert!(mean.abs() < 5.0 * expected / count.sqrt(), "{name}: {mean}");
     }
-    assert_eq!(common::bits(model.parameters()), common::bits(make(1, 3).parameters()));
-    assert_ne!(common::bits(model.parameters()), common::bits(make(2, 1).parameters()));
+    assert_eq!(
+        common::bits(model.parameters()),
+        common::bits(make(1, 3).parameters())
+    );
+    assert_ne!(
+        common::bits(model.parameters()),
+        common::bits(make(2, 1).parameters())
+    );
 }

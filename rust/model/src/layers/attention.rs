@@ -9,6 +9,9 @@ use ingot_kernels::{Mat, MatMut};
 
 use super::{Compute, Linear, Norm, NormScratch, ROWS_PER_ITEM, RotaryTable};
 
+/// A piece of the rotation's backward pass: partial sums, values, gradients, positions.
+type RotateItem<'a> = (&'a mut [f32], &'a [f32], &'a mut [f32], &'a [u32]);
+
 /// Sizes and tensors of an attention layer.
 #[derive(Clone, Debug)]
 pub(crate) struct Attention {
@@ -38,7 +41,11 @@ impl Attention {
 
     /// Width of a row of the second array: 0 where queries and keys stay in the first.
     pub(crate) fn rotated_width(&self) -> usize {
-        if self.head_norms.is_some() { self.query_width() + self.key_value_width() } else { 0 }
+        if self.head_norms.is_some() {
+            self.query_width() + self.key_value_width()
+        } else {
+            0
+        }
     }
 
     pub(crate) fn shape(&self) -> AttentionShape {
@@ -51,7 +58,11 @@ impl Attention {
     }
 
     /// Queries, keys and values as attention takes them.
-    pub(crate) fn split<'a>(&self, qkv: &'a [f32], rotated: &'a [f32]) -> (Mat<'a>, Mat<'a>, Mat<'a>) {
+    pub(crate) fn split<'a>(
+        &self,
+        qkv: &'a [f32],
+        rotated: &'a [f32],
+    ) -> (Mat<'a>, Mat<'a>, Mat<'a>) {
         let (query, key_value) = (self.query_width(), self.key_value_width());
         let qkv = Mat::new(qkv, qkv.len() / self.qkv_width(), self.qkv_width());
         let value = qkv.cols(query + key_value..query + 2 * key_value);
@@ -59,7 +70,11 @@ impl Attention {
             0 => qkv,
             width => Mat::new(rotated, qkv.num_rows(), width),
         };
-        (queries_keys.cols(0..query), queries_keys.cols(query..query + key_value), value)
+        (
+            queries_keys.cols(0..query),
+            queries_keys.cols(query..query + key_value),
+            value,
+        )
     }
 
     /// Norms and rotates queries and keys: in place, or from `qkv` to `rotated` where there are head norms.
@@ -91,14 +106,19 @@ impl Attention {
     ) {
         let width = self.qkv_width();
         let turned = self.query_width() + self.key_value_width();
-        let items = qkv.chunks_mut(ROWS_PER_ITEM * width).zip(positions.chunks(ROWS_PER_ITEM)).collect();
-        compute.pool.for_each(items, |(rows, positions): (&mut [f32], &[u32])| {
-            for (row, &position) in rows.chunks_exact_mut(width).zip(positions) {
-                for head in row[..turned].chunks_exact_mut(self.head_dim) {
-                    rotary.apply_row(compute, position, head, inverse);
+        let items = qkv
+            .chunks_mut(ROWS_PER_ITEM * width)
+            .zip(positions.chunks(ROWS_PER_ITEM))
+            .collect();
+        compute
+            .pool
+            .for_each(items, |(rows, positions): (&mut [f32], &[u32])| {
+                for (row, &position) in rows.chunks_exact_mut(width).zip(positions) {
+                    for head in row[..turned].chunks_exact_mut(self.head_dim) {
+                        rotary.apply_row(compute, position, head, inverse);
+                    }
                 }
-            }
-        });
+            });
     }
 
     /// Fills `rotated` [R, H h + Hkv h] from `qkv` [R, H h + 2 Hkv h].
@@ -118,20 +138,31 @@ impl Attention {
             .zip(rotated.chunks_mut(ROWS_PER_ITEM * out_width))
             .zip(positions.chunks(ROWS_PER_ITEM))
             .collect();
-        compute.pool.for_each(items, |((rows, out), positions): ((&[f32], &mut [f32]), &[u32])| {
-            for ((row, out), &position) in
-                rows.chunks_exact(width).zip(out.chunks_exact_mut(out_width)).zip(positions)
-            {
-                let heads = row.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.head_dim));
-                for (head, (x, out)) in heads.enumerate() {
-                    let norm = if head < self.heads { query_norm } else { key_norm };
-                    norm.forward_row(compute, parameters, x, out);
-                    if let Some(rotary) = rotary {
-                        rotary.apply_row(compute, position, out, false);
+        compute.pool.for_each(
+            items,
+            |((rows, out), positions): ((&[f32], &mut [f32]), &[u32])| {
+                for ((row, out), &position) in rows
+                    .chunks_exact(width)
+                    .zip(out.chunks_exact_mut(out_width))
+                    .zip(positions)
+                {
+                    let heads = row
+                        .chunks_exact(self.head_dim)
+                        .zip(out.chunks_exact_mut(self.head_dim));
+                    for (head, (x, out)) in heads.enumerate() {
+                        let norm = if head < self.heads {
+                            query_norm
+                        } else {
+                            key_norm
+                        };
+                        norm.forward_row(compute, parameters, x, out);
+                        if let Some(rotary) = rotary {
+                            rotary.apply_row(compute, position, out, false);
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
     }
 
     /// The backward pass of [`Attention::rotate`]: turns the gradient of what attention saw, in `d_qkv` [R, H h + 2 Hkv h],
@@ -164,35 +195,53 @@ impl Attention {
             .zip(positions.chunks(ROWS_PER_ITEM))
             .map(|(((partial, qkv), d_qkv), positions)| (partial, qkv, d_qkv, positions))
             .collect();
-        type Item<'a> = (&'a mut [f32], &'a [f32], &'a mut [f32], &'a [u32]);
-        compute.pool.for_each_with_scratch(items, h, |(partial, qkv, d_qkv, positions): Item<'_>, head_scratch| {
-            partial.fill(0.0);
-            let (d_query_gain, d_key_gain) = partial.split_at_mut(h);
-            for ((row, d_row), &position) in
-                qkv.chunks_exact(width).zip(d_qkv.chunks_exact_mut(width)).zip(positions)
-            {
-                let heads = row.chunks_exact(h).zip(d_row.chunks_exact_mut(h));
-                for (head, (x, d_x)) in heads.take(self.heads + self.key_value_heads).enumerate() {
-                    let (norm, d_gain) = if head < self.heads {
-                        (query_norm, &mut *d_query_gain)
-                    } else {
-                        (key_norm, &mut *d_key_gain)
-                    };
-                    if let Some(rotary) = rotary {
-                        rotary.apply_row(compute, position, d_x, true);
+        compute.pool.for_each_with_scratch(
+            items,
+            h,
+            |(partial, qkv, d_qkv, positions): RotateItem<'_>, head_scratch| {
+                partial.fill(0.0);
+                let (d_query_gain, d_key_gain) = partial.split_at_mut(h);
+                for ((row, d_row), &position) in qkv
+                    .chunks_exact(width)
+                    .zip(d_qkv.chunks_exact_mut(width))
+                    .zip(positions)
+                {
+                    let heads = row.chunks_exact(h).zip(d_row.chunks_exact_mut(h));
+                    for (head, (x, d_x)) in
+                        heads.take(self.heads + self.key_value_heads).enumerate()
+                    {
+                        let (norm, d_gain) = if head < self.heads {
+                            (query_norm, &mut *d_query_gain)
+                        } else {
+                            (key_norm, &mut *d_key_gain)
+                        };
+                        if let Some(rotary) = rotary {
+                            rotary.apply_row(compute, position, d_x, true);
+                        }
+                        let moments = norm.forward_row(compute, parameters, x, head_scratch);
+                        // From here on the scratch is the gradient of the norm's result, d_x that of its input.
+                        head_scratch.copy_from_slice(d_x);
+                        d_x.fill(0.0);
+                        norm.backward_row(
+                            compute,
+                            parameters,
+                            x,
+                            moments,
+                            head_scratch,
+                            d_x,
+                            d_gain,
+                            &mut [],
+                        );
                     }
-                    let moments = norm.forward_row(compute, parameters, x, head_scratch);
-                    // From here on the scratch is the gradient of the norm's result, d_x that of its input.
-                    head_scratch.copy_from_slice(d_x);
-                    d_x.fill(0.0);
-                    norm.backward_row(compute, parameters, x, moments, head_scratch, d_x, d_gain, &mut []);
                 }
-            }
-        });
+            },
+        );
         let partials = Mat::new(partials, num_items, 2 * h);
         for (norm, columns) in [(query_norm, 0..h), (key_norm, h..2 * h)] {
             let d_gain = &mut gradients[norm.gain..norm.gain + h];
-            compute.kernels.column_sum(&compute.pool, partials.cols(columns), d_gain, true);
+            compute
+                .kernels
+                .column_sum(&compute.pool, partials.cols(columns), d_gain, true);
         }
     }
 
@@ -209,7 +258,17 @@ impl Attention {
     ) {
         let (q, k, v) = self.split(qkv, rotated);
         let out = MatMut::new(attended, q.num_rows(), self.query_width());
-        compute.kernels.attention_forward(&compute.pool, &self.shape(), offsets, q, k, v, out, lse, dropout);
+        compute.kernels.attention_forward(
+            &compute.pool,
+            &self.shape(),
+            offsets,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dropout,
+        );
     }
 
     /// Gradients of [`Attention::attend`] into `d_qkv` [N, H h + 2 Hkv h], overwritten.
@@ -226,7 +285,8 @@ impl Attention {
         dropout: Option<&AttentionDropout<'_>>,
     ) {
         let (q, k, v) = self.split(qkv, rotated);
-        let (num_rows, query, key_value) = (q.num_rows(), self.query_width(), self.key_value_width());
+        let (num_rows, query, key_value) =
+            (q.num_rows(), self.query_width(), self.key_value_width());
         let out = Mat::new(attended, num_rows, query);
         let d_out = Mat::new(d_attended, num_rows, query);
         let (d_q, d_kv) = MatMut::new(d_qkv, num_rows, self.qkv_width()).split_at_col(query);

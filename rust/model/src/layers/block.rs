@@ -18,7 +18,9 @@ pub(crate) const CHUNK_ROWS: usize = 1024;
 
 /// The chunks of a batch of `num_rows` rows.
 pub(crate) fn chunks(num_rows: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..num_rows).step_by(CHUNK_ROWS).map(move |start| start..(start + CHUNK_ROWS).min(num_rows))
+    (0..num_rows)
+        .step_by(CHUNK_ROWS)
+        .map(move |start| start..(start + CHUNK_ROWS).min(num_rows))
 }
 
 /// Sizes and tensors of a block.
@@ -86,7 +88,14 @@ impl<'a> BlockActivations<'a> {
 
     fn widths(block: &Block) -> [usize; 6] {
         let (d, attention) = (block.attention_norm.size, &block.attention);
-        [d, attention.qkv_width(), attention.query_width(), attention.heads, d, block.mlp.up.outputs]
+        [
+            d,
+            attention.qkv_width(),
+            attention.query_width(),
+            attention.heads,
+            d,
+            block.mlp.up.outputs,
+        ]
     }
 
     /// Cuts an arena of at least [`BlockActivations::len`] floats.
@@ -97,7 +106,14 @@ impl<'a> BlockActivations<'a> {
             rest = tail;
             part
         });
-        Self { x, qkv, attended, lse, middle, pre }
+        Self {
+            x,
+            qkv,
+            attended,
+            lse,
+            middle,
+            pre,
+        }
     }
 }
 
@@ -115,10 +131,9 @@ pub(crate) struct BlockScratch {
     rotated: Lease,
     /// Gradient of a norm's result, [C, d].
     d_normed: Lease,
-    /// Gradient of attention's result, [N, H h].
-    d_attended: Lease,
-    /// Gradient of queries, keys and values, [N, H h + 2 Hkv h].
-    d_qkv: Lease,
+    /// Gradients of attention's result and of queries, keys and values where they do not fit into the place of the
+    /// pre-activations: [N, H h] and [N, H h + 2 Hkv h] one after the other.
+    d_attention: Option<Lease>,
     /// Partial sums of the norms' gradients.
     partials: Lease,
     moments: Vec<RowMoments>,
@@ -126,7 +141,12 @@ pub(crate) struct BlockScratch {
 
 impl BlockScratch {
     /// Memory for forward passes over `num_rows` rows.
-    pub(crate) fn forward(arenas: &ArenaPool, block: &Block, num_rows: usize, dropout: bool) -> Self {
+    pub(crate) fn forward(
+        arenas: &ArenaPool,
+        block: &Block,
+        num_rows: usize,
+        dropout: bool,
+    ) -> Self {
         let chunk = num_rows.min(CHUNK_ROWS);
         let (d, attention, mlp) = (block.attention_norm.size, &block.attention, &block.mlp);
         Self {
@@ -136,21 +156,25 @@ impl BlockScratch {
             branch: arenas.lease(if dropout { chunk * d } else { 0 }),
             rotated: arenas.lease(num_rows * attention.rotated_width()),
             d_normed: arenas.lease(0),
-            d_attended: arenas.lease(0),
-            d_qkv: arenas.lease(0),
+            d_attention: None,
             partials: arenas.lease(0),
             moments: Vec::new(),
         }
     }
 
     /// Memory for backward passes over `num_rows` rows.
-    pub(crate) fn backward(arenas: &ArenaPool, block: &Block, num_rows: usize, dropout: bool) -> Self {
+    pub(crate) fn backward(
+        arenas: &ArenaPool,
+        block: &Block,
+        num_rows: usize,
+        dropout: bool,
+    ) -> Self {
         let chunk = num_rows.min(CHUNK_ROWS);
         let (d, attention) = (block.attention_norm.size, &block.attention);
         Self {
             d_normed: arenas.lease(chunk * d),
-            d_attended: arenas.lease(num_rows * attention.query_width()),
-            d_qkv: arenas.lease(num_rows * attention.qkv_width()),
+            d_attention: (!block.reuses_pre())
+                .then(|| arenas.lease(num_rows * block.d_attention_width())),
             partials: arenas.lease(chunk.div_ceil(ROWS_PER_ITEM) * 2 * d.max(attention.head_dim)),
             moments: vec![[0.0; 2]; chunk],
             ..Self::forward(arenas, block, num_rows, dropout)
@@ -174,19 +198,31 @@ impl Block {
         normed: &mut [f32],
     ) {
         let rows = positions.len();
-        self.attention_norm.forward(compute, parameters, x, normed, copy);
+        self.attention_norm
+            .forward(compute, parameters, x, normed, copy);
         let normed = Mat::new(normed, rows, self.attention_norm.size);
         let qkv_rows = MatMut::new(qkv, rows, self.attention.qkv_width());
-        self.attention.qkv.forward(compute, parameters, normed, qkv_rows, false);
-        self.attention.rotate(compute, parameters, rotary, positions, qkv, rotated);
+        self.attention
+            .qkv
+            .forward(compute, parameters, normed, qkv_rows, false);
+        self.attention
+            .rotate(compute, parameters, rotary, positions, qkv, rotated);
     }
 
     /// y += attention's projection of `attended` [R, H h]; y is [R, d].
-    pub(crate) fn attention_output(&self, compute: &Compute, parameters: &[f32], attended: &[f32], y: &mut [f32]) {
+    pub(crate) fn attention_output(
+        &self,
+        compute: &Compute,
+        parameters: &[f32],
+        attended: &[f32],
+        y: &mut [f32],
+    ) {
         let (d, query) = (self.attention_norm.size, self.attention.query_width());
         let rows = y.len() / d;
         let attended = Mat::new(attended, rows, query);
-        self.attention.output.forward(compute, parameters, attended, MatMut::new(y, rows, d), true);
+        self.attention
+            .output
+            .forward(compute, parameters, attended, MatMut::new(y, rows, d), true);
     }
 
     /// y += mlp(normed) for a chunk; `normed` is [R, d], `pre` and `active` become the MLP's inner values.
@@ -201,9 +237,12 @@ impl Block {
     ) {
         let d = self.mlp_norm.size;
         let rows = y.len() / d;
-        self.mlp.expand(compute, parameters, Mat::new(normed, rows, d), pre, active);
+        self.mlp
+            .expand(compute, parameters, Mat::new(normed, rows, d), pre, active);
         let active = Mat::new(active, rows, self.mlp.width);
-        self.mlp.down.forward(compute, parameters, active, MatMut::new(y, rows, d), true);
+        self.mlp
+            .down
+            .forward(compute, parameters, active, MatMut::new(y, rows, d), true);
     }
 
     /// The forward pass that keeps what the backward pass needs: from `kept.x` to `out` [N, d].
@@ -257,22 +296,39 @@ impl Block {
                     let branch = &mut scratch.branch[..count * d];
                     let attended = Mat::new(attended, count, query);
                     let target = MatMut::new(branch, count, d);
-                    self.attention.output.forward(compute, parameters, attended, target, false);
-                    dropout.add(compute, self.layer, site::ATTENTION_RESIDUAL, d, branch, middle);
+                    self.attention
+                        .output
+                        .forward(compute, parameters, attended, target, false);
+                    dropout.add(
+                        compute,
+                        self.layer,
+                        site::ATTENTION_RESIDUAL,
+                        d,
+                        branch,
+                        middle,
+                    );
                 }
             }
             let normed = &mut scratch.normed[..count * d];
             let out = &mut out[start * d..end * d];
-            self.mlp_norm.forward(compute, parameters, middle, normed, Some(&mut *out));
+            self.mlp_norm
+                .forward(compute, parameters, middle, normed, Some(&mut *out));
             let pre = &mut kept.pre[start * up..end * up];
             let active = &mut scratch.active[..count * self.mlp.width];
             match dropout {
                 None => self.mlp_output(compute, parameters, normed, pre, active, out),
                 Some(dropout) => {
                     let branch = &mut scratch.branch[..count * d];
-                    self.mlp.expand(compute, parameters, Mat::new(normed, count, d), pre, active);
+                    self.mlp
+                        .expand(compute, parameters, Mat::new(normed, count, d), pre, active);
                     let active = Mat::new(active, count, self.mlp.width);
-                    self.mlp.down.forward(compute, parameters, active, MatMut::new(branch, count, d), false);
+                    self.mlp.down.forward(
+                        compute,
+                        parameters,
+                        active,
+                        MatMut::new(branch, count, d),
+                        false,
+                    );
                     dropout.add(compute, self.layer, site::MLP_RESIDUAL, d, branch, out);
                 }
             }
@@ -294,8 +350,11 @@ impl Block {
         let (compute, parameters) = (pass.compute, pass.parameters);
         let num_rows = pass.positions.len();
         let d = self.attention_norm.size;
-        let (qkv_width, query, rotated) =
-            (self.attention.qkv_width(), self.attention.query_width(), self.attention.rotated_width());
+        let (qkv_width, query, rotated) = (
+            self.attention.qkv_width(),
+            self.attention.query_width(),
+            self.attention.rotated_width(),
+        );
         for rows in chunks(num_rows) {
             let (start, end) = (rows.start, rows.end);
             self.attention_input(
@@ -322,7 +381,12 @@ impl Block {
         for rows in chunks(num_rows) {
             let (start, end, count) = (rows.start, rows.end, rows.len());
             let x = &mut x[start * d..end * d];
-            self.attention_output(compute, parameters, &attended[start * query..end * query], x);
+            self.attention_output(
+                compute,
+                parameters,
+                &attended[start * query..end * query],
+                x,
+            );
             let normed = &mut scratch.normed[..count * d];
             self.mlp_norm.forward(compute, parameters, x, normed, None);
             let pre = &mut scratch.pre[..count * self.mlp.up.outputs];
@@ -332,23 +396,55 @@ impl Block {
         &scratch.rotated[..num_rows * rotated]
     }
 
+    /// Floats per row of the gradients inside attention.
+    fn d_attention_width(&self) -> usize {
+        self.attention.query_width() + self.attention.qkv_width()
+    }
+
+    /// Whether the gradients inside attention fit where the pre-activations lay, which are no longer needed by then.
+    fn reuses_pre(&self) -> bool {
+        self.mlp.up.outputs >= self.d_attention_width()
+    }
+
     /// Turns `d_x` [N, d], the gradient of the block's result, into that of its entrance, and adds to `gradients`.
+    /// What was kept is used up.
     pub(crate) fn backward(
         &self,
         pass: &Pass<'_>,
         gradients: &mut [f32],
-        kept: &BlockActivations<'_>,
+        kept: &mut BlockActivations<'_>,
         d_x: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        for rows in chunks(pass.positions.len()) {
+        let num_rows = pass.positions.len();
+        let query = self.attention.query_width();
+        let mut leased = scratch.d_attention.take();
+        for rows in chunks(num_rows) {
             self.backward_mlp(pass, gradients, kept, &rows, d_x, scratch);
-            self.backward_attention_output(pass, gradients, kept, &rows, d_x, scratch);
+            // Rows of attention are no wider than those of the pre-activations, so that this chunk's end lies before the
+            // pre-activations of the next.
+            let place = leased.as_deref_mut().unwrap_or(kept.pre);
+            let d_attended = &mut place[rows.start * query..rows.end * query];
+            self.backward_attention_output(
+                pass,
+                gradients,
+                kept.attended,
+                &rows,
+                d_x,
+                d_attended,
+                scratch,
+            );
         }
-        self.backward_attend(pass, kept, scratch);
-        for rows in chunks(pass.positions.len()) {
-            self.backward_attention_input(pass, gradients, kept, &rows, d_x, scratch);
+        let place = leased
+            .as_deref_mut()
+            .unwrap_or(std::mem::take(&mut kept.pre));
+        let (d_attended, rest) = place.split_at_mut(num_rows * query);
+        let d_qkv = &mut rest[..num_rows * self.attention.qkv_width()];
+        self.backward_attend(pass, kept, d_attended, d_qkv, scratch);
+        for rows in chunks(num_rows) {
+            self.backward_attention_input(pass, gradients, kept, &rows, d_qkv, d_x, scratch);
         }
+        scratch.d_attention = leased;
     }
 
     fn backward_mlp(
@@ -361,13 +457,19 @@ impl Block {
         scratch: &mut BlockScratch,
     ) {
         let (compute, parameters) = (pass.compute, pass.parameters);
-        let (count, d, width, up) = (rows.len(), self.mlp_norm.size, self.mlp.width, self.mlp.up.outputs);
+        let (count, d, width, up) = (
+            rows.len(),
+            self.mlp_norm.size,
+            self.mlp.width,
+            self.mlp.up.outputs,
+        );
         let middle = &kept.middle[rows.start * d..rows.end * d];
         let pre = &kept.pre[rows.start * up..rows.end * up];
         let d_x = &mut d_x[rows.start * d..rows.end * d];
         let normed = &mut scratch.normed[..count * d];
         let moments = &mut scratch.moments[..count];
-        self.mlp_norm.recompute(compute, parameters, middle, normed, moments);
+        self.mlp_norm
+            .recompute(compute, parameters, middle, normed, moments);
         let active = &mut scratch.active[..count * width];
         self.mlp.activate(compute, pre, active);
 
@@ -380,49 +482,102 @@ impl Block {
             }
         };
         let d_branch = Mat::new(d_branch, count, d);
-        self.mlp.down.backward_weight(compute, gradients, d_branch, Mat::new(active, count, width));
+        self.mlp
+            .down
+            .backward_weight(compute, gradients, d_branch, Mat::new(active, count, width));
         // The activations are no longer needed: their gradient takes their place.
         let d_active = active;
-        self.mlp.down.backward_input(compute, parameters, d_branch, MatMut::new(d_active, count, width), false);
+        self.mlp.down.backward_input(
+            compute,
+            parameters,
+            d_branch,
+            MatMut::new(d_active, count, width),
+            false,
+        );
         let d_pre = &mut scratch.pre[..count * up];
         self.mlp.activate_backward(compute, pre, d_active, d_pre);
         let d_pre = Mat::new(d_pre, count, up);
-        self.mlp.up.backward_weight(compute, gradients, d_pre, Mat::new(normed, count, d));
+        self.mlp
+            .up
+            .backward_weight(compute, gradients, d_pre, Mat::new(normed, count, d));
         let d_normed = &mut scratch.d_normed[..count * d];
-        self.mlp.up.backward_input(compute, parameters, d_pre, MatMut::new(d_normed, count, d), false);
-        let mut partials = NormScratch { partials: &mut scratch.partials };
-        self.mlp_norm.backward(compute, parameters, gradients, middle, moments, d_normed, d_x, &mut partials);
+        self.mlp.up.backward_input(
+            compute,
+            parameters,
+            d_pre,
+            MatMut::new(d_normed, count, d),
+            false,
+        );
+        let mut partials = NormScratch {
+            partials: &mut scratch.partials,
+        };
+        self.mlp_norm.backward(
+            compute,
+            parameters,
+            gradients,
+            middle,
+            moments,
+            d_normed,
+            d_x,
+            &mut partials,
+        );
     }
 
     fn backward_attention_output(
         &self,
         pass: &Pass<'_>,
         gradients: &mut [f32],
-        kept: &BlockActivations<'_>,
+        attended: &[f32],
         rows: &Range<usize>,
         d_x: &[f32],
+        d_attended: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
         let compute = pass.compute;
-        let (count, d, query) = (rows.len(), self.attention_norm.size, self.attention.query_width());
+        let (count, d, query) = (
+            rows.len(),
+            self.attention_norm.size,
+            self.attention.query_width(),
+        );
         let d_x = &d_x[rows.start * d..rows.end * d];
         let d_branch: &[f32] = match pass.dropout_rows(rows) {
             None => d_x,
             Some(dropout) => {
                 let branch = &mut scratch.branch[..count * d];
-                dropout.copy(compute, self.layer, site::ATTENTION_RESIDUAL, d, d_x, branch);
+                dropout.copy(
+                    compute,
+                    self.layer,
+                    site::ATTENTION_RESIDUAL,
+                    d,
+                    d_x,
+                    branch,
+                );
                 branch
             }
         };
         let d_branch = Mat::new(d_branch, count, d);
-        let attended = Mat::new(&kept.attended[rows.start * query..rows.end * query], count, query);
-        self.attention.output.backward_weight(compute, gradients, d_branch, attended);
-        let d_attended = &mut scratch.d_attended[rows.start * query..rows.end * query];
+        let attended = Mat::new(
+            &attended[rows.start * query..rows.end * query],
+            count,
+            query,
+        );
+        self.attention
+            .output
+            .backward_weight(compute, gradients, d_branch, attended);
         let d_attended = MatMut::new(d_attended, count, query);
-        self.attention.output.backward_input(compute, pass.parameters, d_branch, d_attended, false);
+        self.attention
+            .output
+            .backward_input(compute, pass.parameters, d_branch, d_attended, false);
     }
 
-    fn backward_attend(&self, pass: &Pass<'_>, kept: &BlockActivations<'_>, scratch: &mut BlockScratch) {
+    fn backward_attend(
+        &self,
+        pass: &Pass<'_>,
+        kept: &BlockActivations<'_>,
+        d_attended: &[f32],
+        d_qkv: &mut [f32],
+        scratch: &mut BlockScratch,
+    ) {
         let compute = pass.compute;
         let num_rows = pass.positions.len();
         let rotated = &mut scratch.rotated[..num_rows * self.attention.rotated_width()];
@@ -444,8 +599,8 @@ impl Block {
             rotated,
             kept.attended,
             kept.lse,
-            &scratch.d_attended[..num_rows * self.attention.query_width()],
-            &mut scratch.d_qkv[..num_rows * self.attention.qkv_width()],
+            d_attended,
+            d_qkv,
             pass.attention_dropout(self.layer).as_ref(),
         );
     }
@@ -456,13 +611,20 @@ impl Block {
         gradients: &mut [f32],
         kept: &BlockActivations<'_>,
         rows: &Range<usize>,
+        d_qkv: &mut [f32],
         d_x: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
         let (compute, parameters) = (pass.compute, pass.parameters);
-        let (count, d, width) = (rows.len(), self.attention_norm.size, self.attention.qkv_width());
-        let mut partials = NormScratch { partials: &mut scratch.partials };
-        let d_qkv = &mut scratch.d_qkv[rows.start * width..rows.end * width];
+        let (count, d, width) = (
+            rows.len(),
+            self.attention_norm.size,
+            self.attention.qkv_width(),
+        );
+        let mut partials = NormScratch {
+            partials: &mut scratch.partials,
+        };
+        let d_qkv = &mut d_qkv[rows.start * width..rows.end * width];
         self.attention.rotate_backward(
             compute,
             parameters,
@@ -477,11 +639,29 @@ impl Block {
         let d_x = &mut d_x[rows.start * d..rows.end * d];
         let normed = &mut scratch.normed[..count * d];
         let moments = &mut scratch.moments[..count];
-        self.attention_norm.recompute(compute, parameters, x, normed, moments);
+        self.attention_norm
+            .recompute(compute, parameters, x, normed, moments);
         let d_qkv = Mat::new(d_qkv, count, width);
-        self.attention.qkv.backward_weight(compute, gradients, d_qkv, Mat::new(normed, count, d));
+        self.attention
+            .qkv
+            .backward_weight(compute, gradients, d_qkv, Mat::new(normed, count, d));
         let d_normed = &mut scratch.d_normed[..count * d];
-        self.attention.qkv.backward_input(compute, parameters, d_qkv, MatMut::new(d_normed, count, d), false);
-        self.attention_norm.backward(compute, parameters, gradients, x, moments, d_normed, d_x, &mut partials);
+        self.attention.qkv.backward_input(
+            compute,
+            parameters,
+            d_qkv,
+            MatMut::new(d_normed, count, d),
+            false,
+        );
+        self.attention_norm.backward(
+            compute,
+            parameters,
+            gradients,
+            x,
+            moments,
+            d_normed,
+            d_x,
+            &mut partials,
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! Token embedding, plus learned positions where the network has them.
 
-use ingot_kernels::random::site;
 use ingot_kernels::MatMut;
+use ingot_kernels::random::site;
 
 use super::{Compute, Dropout, ROWS_PER_ITEM};
 
@@ -33,19 +33,26 @@ impl Embedding {
             let start = table + index as usize * self.width;
             &parameters[start..start + self.width]
         };
-        let items = out.chunks_mut(ROWS_PER_ITEM * self.width).enumerate().collect();
-        compute.pool.for_each(items, |(i, out): (usize, &mut [f32])| {
-            for (row, out) in (i * ROWS_PER_ITEM..).zip(out.chunks_exact_mut(self.width)) {
-                let token = row_of(self.tokens, tokens[row]);
-                match self.positions {
-                    Some(table) => compute.kernels.add(token, row_of(table, positions[row]), out),
-                    None => out.copy_from_slice(token),
+        let items = out
+            .chunks_mut(ROWS_PER_ITEM * self.width)
+            .enumerate()
+            .collect();
+        compute
+            .pool
+            .for_each(items, |(i, out): (usize, &mut [f32])| {
+                for (row, out) in (i * ROWS_PER_ITEM..).zip(out.chunks_exact_mut(self.width)) {
+                    let token = row_of(self.tokens, tokens[row]);
+                    if let Some(table) = self.positions {
+                        let position = row_of(table, positions[row]);
+                        compute.kernels.add(token, position, out);
+                    } else {
+                        out.copy_from_slice(token);
+                    }
+                    if let Some(dropout) = dropout {
+                        dropout.apply_row(compute, 0, site::EMBEDDING, row, out);
+                    }
                 }
-                if let Some(dropout) = dropout {
-                    dropout.apply_row(compute, 0, site::EMBEDDING, row, out);
-                }
-            }
-        });
+            });
     }
 
     /// `d_E`[token] += `d_out`[row] and `d_P`[position] likewise, rows in order. `d_out` is masked in place.
@@ -61,12 +68,19 @@ impl Embedding {
         d_out: &mut [f32],
     ) {
         if let Some(dropout) = dropout {
-            let items = d_out.chunks_mut(ROWS_PER_ITEM * self.width).enumerate().collect();
-            compute.pool.for_each(items, |(i, d_out): (usize, &mut [f32])| {
-                for (row, d_out) in (i * ROWS_PER_ITEM..).zip(d_out.chunks_exact_mut(self.width)) {
-                    dropout.apply_row(compute, 0, site::EMBEDDING, row, d_out);
-                }
-            });
+            let items = d_out
+                .chunks_mut(ROWS_PER_ITEM * self.width)
+                .enumerate()
+                .collect();
+            compute
+                .pool
+                .for_each(items, |(i, d_out): (usize, &mut [f32])| {
+                    for (row, d_out) in
+                        (i * ROWS_PER_ITEM..).zip(d_out.chunks_exact_mut(self.width))
+                    {
+                        dropout.apply_row(compute, 0, site::EMBEDDING, row, d_out);
+                    }
+                });
         }
         let table = &mut gradients[self.tokens..self.tokens + vocab_size * self.width];
         self.scatter_add(compute, table, tokens, d_out);
@@ -80,12 +94,20 @@ impl Embedding {
     fn scatter_add(&self, compute: &Compute, table: &mut [f32], indices: &[u32], rows: &[f32]) {
         let table = MatMut::new(table, table.len() / self.width, self.width);
         let cuts: Vec<usize> = (0..self.width).step_by(COLUMNS_PER_ITEM).skip(1).collect();
-        let items: Vec<_> = table.split_grid(&[], &cuts).into_iter().enumerate().collect();
-        compute.pool.for_each(items, |(i, mut table): (usize, MatMut<'_>)| {
-            let columns = i * COLUMNS_PER_ITEM..((i + 1) * COLUMNS_PER_ITEM).min(self.width);
-            for (&index, row) in indices.iter().zip(rows.chunks_exact(self.width)) {
-                compute.kernels.add_assign(table.row_mut(index as usize), &row[columns.clone()]);
-            }
-        });
+        let items: Vec<_> = table
+            .split_grid(&[], &cuts)
+            .into_iter()
+            .enumerate()
+            .collect();
+        compute
+            .pool
+            .for_each(items, |(i, mut table): (usize, MatMut<'_>)| {
+                let columns = i * COLUMNS_PER_ITEM..((i + 1) * COLUMNS_PER_ITEM).min(self.width);
+                for (&index, row) in indices.iter().zip(rows.chunks_exact(self.width)) {
+                    compute
+                        .kernels
+                        .add_assign(table.row_mut(index as usize), &row[columns.clone()]);
+                }
+            });
     }
 }

@@ -29,7 +29,13 @@ impl Mlp {
         active: &mut [f32],
     ) {
         let rows = x.num_rows();
-        self.up.forward(compute, parameters, x, MatMut::new(pre, rows, self.up.outputs), false);
+        self.up.forward(
+            compute,
+            parameters,
+            x,
+            MatMut::new(pre, rows, self.up.outputs),
+            false,
+        );
         self.activate(compute, pre, active);
     }
 
@@ -40,39 +46,57 @@ impl Mlp {
             .chunks(ROWS_PER_ITEM * self.up.outputs)
             .zip(active.chunks_mut(ROWS_PER_ITEM * self.width))
             .collect();
-        compute.pool.for_each(items, |(pre, active): (&[f32], &mut [f32])| match self.plain_activation() {
-            Some(kind) => kernels.activation_forward(kind, pre, active),
-            None => {
-                for (pre, active) in pre.chunks_exact(2 * self.width).zip(active.chunks_exact_mut(self.width)) {
-                    let (gate, up) = pre.split_at(self.width);
-                    kernels.swiglu_forward(gate, up, active);
+        compute
+            .pool
+            .for_each(items, |(pre, active): (&[f32], &mut [f32])| {
+                match self.plain_activation() {
+                    Some(kind) => kernels.activation_forward(kind, pre, active),
+                    None => {
+                        for (pre, active) in pre
+                            .chunks_exact(2 * self.width)
+                            .zip(active.chunks_exact_mut(self.width))
+                        {
+                            let (gate, up) = pre.split_at(self.width);
+                            kernels.swiglu_forward(gate, up, active);
+                        }
+                    }
                 }
-            }
-        });
+            });
     }
 
     /// `d_pre` = `d_active` f'(pre), overwritten.
-    pub(crate) fn activate_backward(&self, compute: &Compute, pre: &[f32], d_active: &[f32], d_pre: &mut [f32]) {
+    pub(crate) fn activate_backward(
+        &self,
+        compute: &Compute,
+        pre: &[f32],
+        d_active: &[f32],
+        d_pre: &mut [f32],
+    ) {
         let kernels = &compute.kernels;
         let span = ROWS_PER_ITEM * self.up.outputs;
-        let items =
-            pre.chunks(span).zip(d_active.chunks(ROWS_PER_ITEM * self.width)).zip(d_pre.chunks_mut(span)).collect();
-        compute.pool.for_each(items, |((pre, d_active), d_pre): ((&[f32], &[f32]), &mut [f32])| {
-            match self.plain_activation() {
-                Some(kind) => kernels.activation_backward(kind, pre, d_active, d_pre),
-                None => {
-                    let rows = pre
-                        .chunks_exact(2 * self.width)
-                        .zip(d_active.chunks_exact(self.width))
-                        .zip(d_pre.chunks_exact_mut(2 * self.width));
-                    for ((pre, d_active), d_pre) in rows {
-                        let (gate, up) = pre.split_at(self.width);
-                        let (d_gate, d_up) = d_pre.split_at_mut(self.width);
-                        kernels.swiglu_backward(gate, up, d_active, d_gate, d_up);
-                    }
+        let items = pre
+            .chunks(span)
+            .zip(d_active.chunks(ROWS_PER_ITEM * self.width))
+            .zip(d_pre.chunks_mut(span))
+            .collect();
+        compute.pool.for_each(
+            items,
+            |((pre, d_active), d_pre): ((&[f32], &[f32]), &mut [f32])| {
+                if let Some(kind) = self.plain_activation() {
+                    kernels.activation_backward(kind, pre, d_active, d_pre);
+                    return;
                 }
-            }
-        });
+                let rows = pre
+                    .chunks_exact(2 * self.width)
+                    .zip(d_active.chunks_exact(self.width))
+                    .zip(d_pre.chunks_exact_mut(2 * self.width));
+                for ((pre, d_active), d_pre) in rows {
+                    let (gate, up) = pre.split_at(self.width);
+                    let (d_gate, d_up) = d_pre.split_at_mut(self.width);
+                    kernels.swiglu_backward(gate, up, d_active, d_gate, d_up);
+                }
+            },
+        );
     }
 
     /// The kernel of an ungated activation; `None` for the gated one.

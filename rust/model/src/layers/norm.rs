@@ -46,11 +46,19 @@ impl Norm {
         let kernels = &compute.kernels;
         match self.kind {
             NormKind::Layer => {
-                let (mean, rstd) =
-                    kernels.layer_norm_forward(x, self.gain(parameters), self.bias(parameters), self.eps, out);
+                let (mean, rstd) = kernels.layer_norm_forward(
+                    x,
+                    self.gain(parameters),
+                    self.bias(parameters),
+                    self.eps,
+                    out,
+                );
                 [mean, rstd]
             }
-            NormKind::Rms => [0.0, kernels.rms_norm_forward(x, self.gain(parameters), self.eps, out)],
+            NormKind::Rms => [
+                0.0,
+                kernels.rms_norm_forward(x, self.gain(parameters), self.eps, out),
+            ],
         }
     }
 
@@ -92,22 +100,36 @@ impl Norm {
         match copy {
             None => {
                 let items = x.chunks(span).zip(out.chunks_mut(span)).collect();
-                compute.pool.for_each(items, |(x, out): (&[f32], &mut [f32])| {
-                    for (x, out) in x.chunks_exact(self.size).zip(out.chunks_exact_mut(self.size)) {
-                        self.forward_row(compute, parameters, x, out);
-                    }
-                });
+                compute
+                    .pool
+                    .for_each(items, |(x, out): (&[f32], &mut [f32])| {
+                        for (x, out) in x
+                            .chunks_exact(self.size)
+                            .zip(out.chunks_exact_mut(self.size))
+                        {
+                            self.forward_row(compute, parameters, x, out);
+                        }
+                    });
             }
             Some(copy) => {
-                let items = x.chunks(span).zip(out.chunks_mut(span)).zip(copy.chunks_mut(span)).collect();
-                compute.pool.for_each(items, |((x, out), copy): ((&[f32], &mut [f32]), &mut [f32])| {
-                    for ((x, out), copy) in
-                        x.chunks_exact(self.size).zip(out.chunks_exact_mut(self.size)).zip(copy.chunks_exact_mut(self.size))
-                    {
-                        self.forward_row(compute, parameters, x, out);
-                        copy.copy_from_slice(x);
-                    }
-                });
+                let items = x
+                    .chunks(span)
+                    .zip(out.chunks_mut(span))
+                    .zip(copy.chunks_mut(span))
+                    .collect();
+                compute.pool.for_each(
+                    items,
+                    |((x, out), copy): ((&[f32], &mut [f32]), &mut [f32])| {
+                        for ((x, out), copy) in x
+                            .chunks_exact(self.size)
+                            .zip(out.chunks_exact_mut(self.size))
+                            .zip(copy.chunks_exact_mut(self.size))
+                        {
+                            self.forward_row(compute, parameters, x, out);
+                            copy.copy_from_slice(x);
+                        }
+                    },
+                );
             }
         }
     }
@@ -122,13 +144,22 @@ impl Norm {
         moments: &mut [RowMoments],
     ) {
         let span = ROWS_PER_ITEM * self.size;
-        let items = x.chunks(span).zip(out.chunks_mut(span)).zip(moments.chunks_mut(ROWS_PER_ITEM)).collect();
-        compute.pool.for_each(items, |((x, out), moments): ((&[f32], &mut [f32]), &mut [RowMoments])| {
-            let rows = x.chunks_exact(self.size).zip(out.chunks_exact_mut(self.size));
-            for ((x, out), moments) in rows.zip(moments) {
-                *moments = self.forward_row(compute, parameters, x, out);
-            }
-        });
+        let items = x
+            .chunks(span)
+            .zip(out.chunks_mut(span))
+            .zip(moments.chunks_mut(ROWS_PER_ITEM))
+            .collect();
+        compute.pool.for_each(
+            items,
+            |((x, out), moments): ((&[f32], &mut [f32]), &mut [RowMoments])| {
+                let rows = x
+                    .chunks_exact(self.size)
+                    .zip(out.chunks_exact_mut(self.size));
+                for ((x, out), moments) in rows.zip(moments) {
+                    *moments = self.forward_row(compute, parameters, x, out);
+                }
+            },
+        );
     }
 
     /// Gradients of the rows: adds to `d_x` [R, size] and to the gain's and bias's gradients.
@@ -144,7 +175,9 @@ impl Norm {
         scratch: &mut NormScratch<'_>,
     ) {
         let rows = d_x.chunks_exact_mut(self.size);
-        self.backward_rows(compute, parameters, gradients, x, moments, d_out, rows, scratch);
+        self.backward_rows(
+            compute, parameters, gradients, x, moments, d_out, rows, scratch,
+        );
     }
 
     /// The same as [`Norm::backward`] where the rows of `d_x` do not lie together.
@@ -173,20 +206,29 @@ impl Norm {
                 (partial, x, d_out, moments, d_x)
             })
             .collect();
-        compute.pool.for_each(items, |(partial, x, d_out, moments, d_x): (&mut [f32], _, _, &[RowMoments], _)| {
-            let x: &[f32] = x;
-            let d_out: &[f32] = d_out;
-            partial.fill(0.0);
-            let (d_gain, d_bias) = partial.split_at_mut(self.size);
-            let rows = x.chunks_exact(self.size).zip(d_out.chunks_exact(self.size)).zip(moments).zip(d_x);
-            for (((x, d_out), &moments), d_x) in rows {
-                self.backward_row(compute, parameters, x, moments, d_out, d_x, d_gain, d_bias);
-            }
-        });
+        compute.pool.for_each(
+            items,
+            |(partial, x, d_out, moments, d_x): (&mut [f32], _, _, &[RowMoments], _)| {
+                let x: &[f32] = x;
+                let d_out: &[f32] = d_out;
+                partial.fill(0.0);
+                let (d_gain, d_bias) = partial.split_at_mut(self.size);
+                let rows = x
+                    .chunks_exact(self.size)
+                    .zip(d_out.chunks_exact(self.size))
+                    .zip(moments)
+                    .zip(d_x);
+                for (((x, d_out), &moments), d_x) in rows {
+                    self.backward_row(compute, parameters, x, moments, d_out, d_x, d_gain, d_bias);
+                }
+            },
+        );
         let partials = Mat::new(partials, num_items, 2 * self.size);
         let mut add = |columns, offset| {
             let sum = &mut gradients[offset..offset + self.size];
-            compute.kernels.column_sum(&compute.pool, partials.cols(columns), sum, true);
+            compute
+                .kernels
+                .column_sum(&compute.pool, partials.cols(columns), sum, true);
         };
         add(0..self.size, self.gain);
         if let Some(bias) = self.bias {

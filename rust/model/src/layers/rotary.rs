@@ -1,4 +1,4 @@
-//! Rotary position embedding (Su et al. 2021, "RoFormer", equation 34), Hugging Face's half-split convention: element i of
+//! Rotary position embedding (Su et al. 2021, "`RoFormer`", equation 34), Hugging Face's half-split convention: element i of
 //! a head is paired with element i + h/2.
 
 use super::Compute;
@@ -40,24 +40,33 @@ impl RotaryTable {
     pub(crate) fn apply_row(&self, compute: &Compute, position: u32, x: &mut [f32], inverse: bool) {
         let start = position as usize * self.pairs;
         let range = start..start + self.pairs;
-        compute.kernels.rotary(x, &self.cos[range.clone()], &self.sin[range], inverse);
+        compute
+            .kernels
+            .rotary(x, &self.cos[range.clone()], &self.sin[range], inverse);
     }
 }
 
 /// Angle per position of each pair, radians: theta^(-2i/h), scaled as the configuration says.
 fn frequencies(config: &Config) -> Vec<f64> {
     let head_dim = config.head_dim as f64;
-    let plain = (0..config.head_dim / 2).map(|i| config.rope_theta.powf(-2.0 * i as f64 / head_dim));
+    let plain =
+        (0..config.head_dim / 2).map(|i| config.rope_theta.powf(-2.0 * i as f64 / head_dim));
     match config.rope_scaling {
         None => plain.collect(),
         Some(RopeScaling::Linear { factor }) => plain.map(|frequency| frequency / factor).collect(),
-        Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) => {
+        Some(RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        }) => {
             let context = original_max_position_embeddings as f64;
             plain
                 .map(|frequency| {
                     // How many turns the pair makes within the original context: few turns are stretched in full.
                     let turns = context * frequency / std::f64::consts::TAU;
-                    let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                    let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
+                        .clamp(0.0, 1.0);
                     (1.0 - kept) * frequency / factor + kept * frequency
                 })
                 .collect()
@@ -71,7 +80,12 @@ mod tests {
     use crate::{Config, RopeScaling};
 
     fn config(scaling: Option<RopeScaling>) -> Config {
-        Config { rope_scaling: scaling, head_dim: 8, rope_theta: 10_000.0, ..crate::testing::llama() }
+        Config {
+            rope_scaling: scaling,
+            head_dim: 8,
+            rope_theta: 10_000.0,
+            ..crate::testing::llama()
+        }
     }
 
     #[test]

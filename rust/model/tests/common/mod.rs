@@ -2,13 +2,20 @@
 #![allow(dead_code)] // Each test file uses its own part.
 
 use ingot_model::{
-    ActivationKind, AttentionBias, Batch, Config, ForwardOptions, Level, Model, NormKind, Options, OutputGradients,
-    Outputs, PositionKind, RopeScaling, Want,
+    ActivationKind, AttentionBias, Batch, Config, ForwardOptions, Level, Model, NormKind, Options,
+    OutputGradients, Outputs, PositionKind, RopeScaling, Want,
 };
 
 /// Everything that a forward pass can compute.
-pub const ALL: Want =
-    Want { logprobs: true, entropy: true, lse: true, zbar: true, top1: true, values: true, hidden: true };
+pub const ALL: Want = Want {
+    logprobs: true,
+    entropy: true,
+    lse: true,
+    zbar: true,
+    top1: true,
+    values: true,
+    hidden: true,
+};
 
 /// GPT-2's settings; odd sizes, large initial weights so that every part of the network matters.
 pub fn gpt2() -> Config {
@@ -55,7 +62,12 @@ pub fn llama() -> Config {
 
 /// Qwen3's settings: norms on query and key heads.
 pub fn qwen3() -> Config {
-    Config { qk_norm: true, num_key_value_heads: 1, tie_word_embeddings: true, ..llama() }
+    Config {
+        qk_norm: true,
+        num_key_value_heads: 1,
+        tie_word_embeddings: true,
+        ..llama()
+    }
 }
 
 /// Qwen2's settings: biases on query, key and value; rotary scaling as well.
@@ -87,9 +99,22 @@ pub fn mixed() -> Config {
 }
 
 pub fn all_configs() -> Vec<(&'static str, Config)> {
-    let gelu = Config { activation: ActivationKind::Gelu, num_hidden_layers: 1, ..gpt2() };
-    let relu = Config { activation: ActivationKind::Relu, tie_word_embeddings: false, num_hidden_layers: 1, ..gpt2() };
-    let linear = Config { rope_scaling: Some(RopeScaling::Linear { factor: 2.0 }), mlp_bias: true, ..llama() };
+    let gelu = Config {
+        activation: ActivationKind::Gelu,
+        num_hidden_layers: 1,
+        ..gpt2()
+    };
+    let relu = Config {
+        activation: ActivationKind::Relu,
+        tie_word_embeddings: false,
+        num_hidden_layers: 1,
+        ..gpt2()
+    };
+    let linear = Config {
+        rope_scaling: Some(RopeScaling::Linear { factor: 2.0 }),
+        mlp_bias: true,
+        ..llama()
+    };
     vec![
         ("gpt2", gpt2()),
         ("gpt2 gelu", gelu),
@@ -104,10 +129,29 @@ pub fn all_configs() -> Vec<(&'static str, Config)> {
 
 /// A model on `threads` threads of `level` (the best one unless given) with `num_values` scalar heads, its vectors moved
 /// away from ones and zeros.
-pub fn model_with(config: &Config, level: Option<Level>, threads: usize, num_values: usize) -> Model {
-    let mut model = Model::new(config.clone(), 3, Options { level, threads, num_values }).unwrap();
+pub fn model_with(
+    config: &Config,
+    level: Option<Level>,
+    threads: usize,
+    num_values: usize,
+) -> Model {
+    let mut model = Model::new(
+        config.clone(),
+        3,
+        Options {
+            level,
+            threads,
+            num_values,
+        },
+    )
+    .unwrap();
     let mut random = Random(11);
-    let vectors: Vec<_> = model.table().iter().filter(|p| !p.decay).map(ingot_model::Parameter::range).collect();
+    let vectors: Vec<_> = model
+        .table()
+        .iter()
+        .filter(|p| !p.decay)
+        .map(ingot_model::Parameter::range)
+        .collect();
     let parameters = model.parameters_mut();
     for range in vectors {
         for value in &mut parameters[range] {
@@ -156,12 +200,21 @@ impl Data {
     /// Random sequences of the given lengths; some positions have no target.
     pub fn new(config: &Config, lengths: &[usize], seed: u64) -> Self {
         let mut random = Random(seed);
-        let mut data = Self { tokens: vec![], offsets: vec![0], targets: vec![], ids: vec![] };
+        let mut data = Self {
+            tokens: vec![],
+            offsets: vec![0],
+            targets: vec![],
+            ids: vec![],
+        };
         for (i, &length) in lengths.iter().enumerate() {
             for _ in 0..length {
                 data.tokens.push(random.below(config.vocab_size) as i32);
                 let target = random.below(config.vocab_size + 3) as i32;
-                data.targets.push(if target < config.vocab_size as i32 { target } else { -1 });
+                data.targets.push(if target < config.vocab_size as i32 {
+                    target
+                } else {
+                    -1
+                });
             }
             data.offsets.push(data.tokens.len() as i64);
             data.ids.push(1000 + i as i64);
@@ -180,7 +233,12 @@ impl Data {
 
     /// The sequences `order` of this batch as a batch of their own.
     pub fn select(&self, order: &[usize]) -> Self {
-        let mut data = Self { tokens: vec![], offsets: vec![0], targets: vec![], ids: vec![] };
+        let mut data = Self {
+            tokens: vec![],
+            offsets: vec![0],
+            targets: vec![],
+            ids: vec![],
+        };
         for &i in order {
             let range = self.range(i);
             data.tokens.extend(&self.tokens[range.clone()]);
@@ -230,7 +288,10 @@ impl Mixture {
             (&self.values, &outputs.values),
             (&self.hidden, &outputs.hidden),
         ];
-        pairs.iter().map(|(weights, output)| output.as_ref().map_or(0.0, |output| dot(weights, output))).sum()
+        pairs
+            .iter()
+            .map(|(weights, output)| output.as_ref().map_or(0.0, |output| dot(weights, output)))
+            .sum()
     }
 
     /// Gradients of [`Mixture::loss`] for the outputs in `want`.
@@ -251,7 +312,10 @@ impl Mixture {
 
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    a.iter()
+        .zip(b)
+        .map(|(&a, &b)| f64::from(a) * f64::from(b))
+        .sum()
 }
 
 pub fn bits(x: &[f32]) -> Vec<u32> {
@@ -259,7 +323,12 @@ pub fn bits(x: &[f32]) -> Vec<u32> {
 }
 
 pub fn logprobs(model: &Model, data: &Data, options: &ForwardOptions<'_>) -> Vec<f32> {
-    model.forward(&data.batch(), options).unwrap().1.logprobs.unwrap()
+    model
+        .forward(&data.batch(), options)
+        .unwrap()
+        .1
+        .logprobs
+        .unwrap()
 }
 
 /// Levels other than the one that must exist everywhere are tested where the machine has them.
