@@ -1,11 +1,17 @@
 //! The tokenizer as Python sees it. Text crosses without a copy, ids leave as numpy arrays that take over the memory.
 
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "PyO3 hands arguments over by value"
+)]
+
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
 use ingot_tokenizer::{
-    FileKind, Pattern, PieceCounter, SpecialPolicy, Specials, Tick, Tokenizer, TokenizerError, TrainOptions, Vocabulary, train,
+    FileKind, Pattern, PieceCounter, SpecialPolicy, Specials, Tick, Tokenizer, TokenizerError,
+    TrainOptions, Vocabulary, train,
 };
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -41,9 +47,14 @@ fn run<T: Send>(
 ) -> PyResult<T> {
     let mut raised = None;
     let result = enter(py, || {
-        work(&mut || keep(Python::attach(|py| py.check_signals()), &mut raised))
+        work(&mut || keep(Python::attach(signals), &mut raised))
     });
     raised.map_or(result, Err)
+}
+
+/// Let Python handle Ctrl-C.
+fn signals(py: Python<'_>) -> PyResult<()> {
+    py.check_signals()
 }
 
 /// Go on, unless Python raised something: keep that and stop.
@@ -60,7 +71,9 @@ fn keep(answer: PyResult<()>, raised: &mut Option<PyErr>) -> ControlFlow<()> {
 /// Threads to use: all that affinity and the container allow, unless a number is given.
 fn thread_count(threads: Option<usize>) -> PyResult<usize> {
     match threads {
-        Some(0) => Err(PyValueError::new_err("threads is 0: give at least 1, or None for all that this process may use")),
+        Some(0) => Err(PyValueError::new_err(
+            "threads is 0: give at least 1, or None for all that this process may use",
+        )),
         Some(threads) => Ok(threads),
         None => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
     }
@@ -100,8 +113,14 @@ impl NativeTokenizer {
     ) -> T {
         match (allowed, disallowed) {
             (Some(allowed), None) if allowed.is_empty() => work(&self.strict),
-            (Some(allowed), Some(disallowed)) if allowed.is_empty() && disallowed.is_empty() => work(&self.ordinary),
-            (allowed, disallowed) => work(&self.inner.special_policy(&specials(allowed), &specials(disallowed))),
+            (Some(allowed), Some(disallowed)) if allowed.is_empty() && disallowed.is_empty() => {
+                work(&self.ordinary)
+            }
+            (allowed, disallowed) => work(
+                &self
+                    .inner
+                    .special_policy(&specials(allowed), &specials(disallowed)),
+            ),
         }
     }
 
@@ -126,9 +145,14 @@ impl NativeTokenizer {
         disallowed: Option<Vec<String>>,
         threads: usize,
     ) -> PyResult<(Vec<u32>, Vec<i64>)> {
-        let texts = texts.iter().map(Text::as_bytes).collect::<PyResult<Vec<_>>>()?;
+        let texts = texts
+            .iter()
+            .map(Text::as_bytes)
+            .collect::<PyResult<Vec<_>>>()?;
         self.with_policy(allowed, disallowed, |policy| {
-            run(py, |tick| self.inner.encode_batch(&texts, policy, threads, tick))
+            run(py, |tick| {
+                self.inner.encode_batch(&texts, policy, threads, tick)
+            })
         })
     }
 }
@@ -141,8 +165,16 @@ impl NativeTokenizer {
     }
 
     #[staticmethod]
-    fn from_tiktoken(py: Python<'_>, path: PathBuf, pattern: &str, special_tokens: Vec<(String, u32)>) -> PyResult<Self> {
-        run(py, |_| Tokenizer::from_tiktoken(&path, Pattern::parse(pattern)?, &special_tokens)).map(Self::new)
+    fn from_tiktoken(
+        py: Python<'_>,
+        path: PathBuf,
+        pattern: &str,
+        special_tokens: Vec<(String, u32)>,
+    ) -> PyResult<Self> {
+        run(py, |_| {
+            Tokenizer::from_tiktoken(&path, Pattern::parse(pattern)?, &special_tokens)
+        })
+        .map(Self::new)
     }
 
     /// From what `contents` gave, and for a rank file the pattern and the special tokens.
@@ -155,7 +187,9 @@ impl NativeTokenizer {
         special_tokens: Vec<(String, u32)>,
     ) -> PyResult<Self> {
         let made = run(py, |_| match kind {
-            "tiktoken" => Tokenizer::from_ranks(contents, Pattern::parse(pattern)?, &special_tokens),
+            "tiktoken" => {
+                Tokenizer::from_ranks(contents, Pattern::parse(pattern)?, &special_tokens)
+            }
             _ => Tokenizer::from_json(contents),
         });
         made.map(Self::new)
@@ -163,7 +197,12 @@ impl NativeTokenizer {
 
     #[staticmethod]
     fn bytes_only(py: Python<'_>, pattern: &str) -> PyResult<Self> {
-        run(py, |_| Ok(Tokenizer::new(Vocabulary::bytes_only(Pattern::parse(pattern)?)))).map(Self::new)
+        run(py, |_| {
+            Ok(Tokenizer::new(Vocabulary::bytes_only(Pattern::parse(
+                pattern,
+            )?)))
+        })
+        .map(Self::new)
     }
 
     fn contents<'py>(&self, py: Python<'py>) -> PyResult<(&'static str, Bound<'py, PyBytes>)> {
@@ -201,7 +240,9 @@ impl NativeTokenizer {
     #[getter]
     fn special_tokens(&self) -> Vec<(String, u32)> {
         let tokens = self.inner.special_tokens();
-        tokens.map(|token| (token.content.clone(), token.id)).collect()
+        tokens
+            .map(|token| (token.content.clone(), token.id))
+            .collect()
     }
 
     #[pyo3(signature = (text, allowed, disallowed))]
@@ -236,7 +277,9 @@ impl NativeTokenizer {
         threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyList>> {
         let (ids, offsets) = self.batch(py, &texts, allowed, disallowed, thread_count(threads)?)?;
-        let lists = offsets.windows(2).map(|ends| PyList::new(py, &ids[ends[0] as usize..ends[1] as usize]));
+        let lists = offsets
+            .windows(2)
+            .map(|ends| PyList::new(py, &ids[ends[0] as usize..ends[1] as usize]));
         PyList::new(py, lists.collect::<PyResult<Vec<_>>>()?)
     }
 
@@ -254,9 +297,17 @@ impl NativeTokenizer {
     }
 
     #[pyo3(signature = (path, output, threads))]
-    fn encode_file(&self, py: Python<'_>, path: PathBuf, output: PathBuf, threads: Option<usize>) -> PyResult<u64> {
+    fn encode_file(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        output: PathBuf,
+        threads: Option<usize>,
+    ) -> PyResult<u64> {
         let threads = thread_count(threads)?;
-        run(py, |tick| self.inner.encode_file(&path, &output, threads, tick))
+        run(py, |tick| {
+            self.inner.encode_file(&path, &output, threads, tick)
+        })
     }
 
     fn decode_list<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyBytes>> {
@@ -264,14 +315,22 @@ impl NativeTokenizer {
         Ok(PyBytes::new(py, &bytes))
     }
 
-    fn decode_array<'py>(&self, py: Python<'py>, ids: PyReadonlyArray1<'py, i64>) -> PyResult<Bound<'py, PyBytes>> {
+    fn decode_array<'py>(
+        &self,
+        py: Python<'py>,
+        ids: PyReadonlyArray1<'py, i64>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         let ids = ids.as_slice()?;
         let bytes = run(py, |_| self.inner.decode(ids.iter().copied()))?;
         Ok(PyBytes::new(py, &bytes))
     }
 
     /// The pieces that text is cut into before merging, as byte offsets where each starts, and the end: [pieces + 1].
-    fn piece_offsets<'py>(&self, py: Python<'py>, text: Text<'py>) -> PyResult<Bound<'py, PyArray1<i64>>> {
+    fn piece_offsets<'py>(
+        &self,
+        py: Python<'py>,
+        text: Text<'py>,
+    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let text = text.as_bytes()?;
         let offsets = run(py, |_| {
             let mut offsets = vec![0];
@@ -322,7 +381,10 @@ impl NativeTrainer {
 
     /// Count documents; bytes counted so far.
     fn add_documents(&self, py: Python<'_>, documents: Vec<Text<'_>>) -> PyResult<u64> {
-        let documents = documents.iter().map(Text::as_bytes).collect::<PyResult<Vec<_>>>()?;
+        let documents = documents
+            .iter()
+            .map(Text::as_bytes)
+            .collect::<PyResult<Vec<_>>>()?;
         self.count(py, |counter, tick| counter.add_documents(&documents, tick))
     }
 
@@ -341,7 +403,9 @@ impl NativeTrainer {
         min_frequency: u64,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<NativeTokenizer> {
-        let counter = lock(&self.counter, TRAINER).map_err(|error| error.into_python(py))?.take();
+        let counter = lock(&self.counter, TRAINER)
+            .map_err(|error| error.into_python(py))?
+            .take();
         let counter = counter.ok_or_else(used_up)?;
         let options = TrainOptions {
             vocab_size,
@@ -352,8 +416,10 @@ impl NativeTrainer {
         let result = enter(py, || {
             train(counter, &options, &mut |done, wanted| {
                 let answer = Python::attach(|py| {
-                    py.check_signals()?;
-                    progress.as_ref().map_or(Ok(()), |call| call.call1(py, (done, wanted)).map(drop))
+                    signals(py)?;
+                    progress
+                        .as_ref()
+                        .map_or(Ok(()), |call| call.call1(py, (done, wanted)).map(drop))
                 });
                 keep(answer, &mut raised)
             })
