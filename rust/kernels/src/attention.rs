@@ -9,10 +9,10 @@
 
 mod backward;
 mod forward;
+mod pack;
 mod pages;
 mod product;
 mod softmax;
-mod transpose;
 
 pub use pages::{PAGE_POSITIONS, PagedSequence};
 

@@ -104,6 +104,9 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// The signed integers in `a` as f32.
     fn to_float(self, a: Self::U) -> Self::F;
 
+    /// Transposes a square of 16 x 16.
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES];
+
     /// Sum over lanes by the fixed tree: i with i+8, then i with i+4, i+2, i+1.
     fn sum(self, a: Self::F) -> f32;
     /// Largest lane by the same tree, with [`Simd::max`].

@@ -4,7 +4,6 @@
 use super::forward::take;
 use super::product::{Extent, Start, Strided};
 use super::softmax::{BackwardRows, BlockDropout};
-use super::transpose::{pack_rows, transpose_rows};
 use super::{AttentionDropout, AttentionShape, HeadDropout, TILE, sequences};
 use crate::simd::LANES;
 use crate::{Kernels, Mat, MatMut, Pool};
@@ -39,9 +38,8 @@ struct Scratch<'a> {
     d_q: &'a mut [f32],
     /// [T]: sum of d_out * out.
     correlation: &'a mut [f32],
-    /// [64][P]: the tile's keys, and room to pack values or outputs.
+    /// [64][P]: the tile's keys.
     k: &'a mut [f32],
-    rows: &'a mut [f32],
     /// [64][P]: gradients of the tile's keys and values.
     d_k: &'a mut [f32],
     d_v: &'a mut [f32],
@@ -58,7 +56,7 @@ impl<'a> Scratch<'a> {
         let padded = shape.padded_dim();
         3 * length * padded
             + length.next_multiple_of(LANES)
-            + 4 * TILE * padded
+            + 3 * TILE * padded
             + 2 * shape.head_dim * TILE
             + 2 * TILE * TILE
     }
@@ -72,7 +70,6 @@ impl<'a> Scratch<'a> {
             d_q: piece(length * padded),
             correlation: &mut piece(length.next_multiple_of(LANES))[..length],
             k: piece(TILE * padded),
-            rows: piece(TILE * padded),
             d_k: piece(TILE * padded),
             d_v: piece(TILE * padded),
             k_transposed: piece(shape.head_dim * TILE),
@@ -173,13 +170,13 @@ impl Kernels {
             dropout,
         };
         pool.for_each_with_scratch(items, Scratch::floats(shape, longest), |item, scratch| {
-            backward_item(self, shape, inputs, item, scratch);
+            backward_item(*self, shape, inputs, item, scratch);
         });
     }
 }
 
 fn backward_item(
-    kernels: &Kernels,
+    kernels: Kernels,
     shape: &AttentionShape,
     inputs: Inputs,
     mut item: Item,
@@ -189,6 +186,8 @@ fn backward_item(
     let (start, length) = (item.start, item.d_k.num_rows());
     let n = inputs.q.num_rows();
     let kv_columns = item.kv_head * dim..(item.kv_head + 1) * dim;
+    let (k, v) = (inputs.k.rows(start..start + length), inputs.v.rows(start..start + length));
+    let (k, v) = (k.cols(kv_columns.clone()), v.cols(kv_columns));
     let mut scratch = Scratch::new(shape, length, scratch);
     for member in 0..group {
         let head = item.kv_head * group + member;
@@ -201,50 +200,25 @@ fn backward_item(
             .map(|dropout| dropout.row_words(0..length))
             .unwrap_or_default();
 
-        let tokens = start..start + length;
-        pack_rows(
-            tokens.clone().map(|t| &inputs.q.row(t)[columns.clone()]),
-            padded,
-            scratch.q,
-        );
-        pack_rows(
-            tokens.map(|t| &inputs.d_out.row(t)[columns.clone()]),
-            padded,
-            scratch.d_out,
-        );
-        for first in (0..length).step_by(TILE) {
-            let rows = TILE.min(length - first);
-            let outputs =
-                (first..first + rows).map(|t| &inputs.out.row(start + t)[columns.clone()]);
-            pack_rows(outputs, padded, scratch.rows);
-            let d_out = &scratch.d_out[first * padded..][..rows * padded];
-            let correlation = &mut scratch.correlation[first..first + rows];
-            kernels.row_products(&scratch.rows[..rows * padded], d_out, padded, correlation);
-        }
+        kernels.pack_rows(inputs.q.rows(start..start + length).cols(columns.clone()), padded, scratch.q);
+        kernels.pack_rows(inputs.d_out.rows(start..start + length).cols(columns.clone()), padded, scratch.d_out);
+        let out = inputs.out.rows(start..start + length).cols(columns);
+        kernels.row_products(out, scratch.d_out, padded, scratch.correlation);
         scratch.d_q.fill(0.0);
 
         for first_key in (0..length).step_by(TILE) {
             let keys = TILE.min(length - first_key);
-            let tile = start + first_key..start + first_key + keys;
-            pack_rows(
-                tile.clone().map(|t| &inputs.k.row(t)[kv_columns.clone()]),
-                padded,
-                scratch.k,
-            );
-            transpose_rows(scratch.k, keys, padded, dim, scratch.k_transposed);
-            pack_rows(
-                tile.map(|t| &inputs.v.row(t)[kv_columns.clone()]),
-                padded,
-                scratch.rows,
-            );
-            transpose_rows(scratch.rows, keys, padded, dim, scratch.v_transposed);
+            let tile = first_key..first_key + keys;
+            let key_rows = k.rows(tile.clone());
+            kernels.pack_rows(key_rows, padded, scratch.k);
+            kernels.pack_transposed(key_rows, scratch.k_transposed);
+            kernels.pack_transposed(v.rows(tile.clone()), scratch.v_transposed);
             if member == 0 {
                 scratch.d_k.fill(0.0);
                 scratch.d_v.fill(0.0);
             } else {
-                let rows = first_key..first_key + keys;
-                pack_rows(rows.clone().map(|t| item.d_k.row(t)), padded, scratch.d_k);
-                pack_rows(rows.map(|t| item.d_v.row(t)), padded, scratch.d_v);
+                kernels.pack_rows(item.d_k.as_ref().rows(tile.clone()), padded, scratch.d_k);
+                kernels.pack_rows(item.d_v.as_ref().rows(tile.clone()), padded, scratch.d_v);
             }
             for first in (first_key..length).step_by(TILE) {
                 let pair = Pair {
@@ -256,20 +230,11 @@ fn backward_item(
                 let dropout = head_dropout.as_ref().map(|dropout| (dropout, &words[..]));
                 backward_pair(kernels, shape, &mut scratch, lse, pair, dropout);
             }
-            for (r, (d_k, d_v)) in scratch
-                .d_k
-                .chunks_exact(padded)
-                .zip(scratch.d_v.chunks_exact(padded))
-                .take(keys)
-                .enumerate()
-            {
-                item.d_k.row_mut(first_key + r).copy_from_slice(&d_k[..dim]);
-                item.d_v.row_mut(first_key + r).copy_from_slice(&d_v[..dim]);
-            }
+            kernels.unpack_rows(scratch.d_k, padded, item.d_k.reborrow().rows(tile.clone()));
+            kernels.unpack_rows(scratch.d_v, padded, item.d_v.reborrow().rows(tile));
         }
-        for (t, d_q) in scratch.d_q.chunks_exact(padded).enumerate() {
-            item.d_q.row_mut(t)[member * dim..][..dim].copy_from_slice(&d_q[..dim]);
-        }
+        let columns = member * dim..(member + 1) * dim;
+        kernels.unpack_rows(scratch.d_q, padded, item.d_q.reborrow().cols(columns));
     }
 }
 
@@ -286,7 +251,7 @@ struct Pair {
 const DIAGONAL: usize = LANES;
 
 fn backward_pair(
-    kernels: &Kernels,
+    kernels: Kernels,
     shape: &AttentionShape,
     scratch: &mut Scratch,
     lse: &[f32],

@@ -3,13 +3,12 @@
 
 use super::product::{Extent, Start, Strided};
 use super::softmax::{BlockDropout, MAX_ROWS, OnlineState};
-use super::transpose::{pack_rows, transpose_rows};
 use super::{AttentionDropout, AttentionShape, HeadDropout, TILE, sequences};
 use crate::simd::LANES;
 use crate::{Kernels, Mat, MatMut, Pool};
 
 /// Query rows per work item.
-pub(super) const QUERY_BLOCK: usize = 128;
+pub(super) const QUERY_BLOCK: usize = 256;
 
 /// Query rows taken together where every row sees the whole tile, and where the diagonal runs through it.
 const FULL_ROWS: usize = 24;
@@ -55,13 +54,8 @@ impl<'a> Block<'a> {
         2 * rows * shape.padded_dim() + 2 * rows.next_multiple_of(LANES) + FULL_ROWS * TILE
     }
 
-    /// Carves a block out of scratch and packs its query rows.
-    pub(super) fn new<'q>(
-        shape: &AttentionShape,
-        rows: usize,
-        queries: impl Iterator<Item = &'q [f32]>,
-        scratch: &mut &'a mut [f32],
-    ) -> Self {
+    /// Carves a block out of scratch; the query rows are packed by [`Block::set_queries`].
+    pub(super) fn new(shape: &AttentionShape, rows: usize, scratch: &mut &'a mut [f32]) -> Self {
         let padded = shape.padded_dim();
         let block = Self {
             queries: take(scratch, rows * padded),
@@ -71,17 +65,21 @@ impl<'a> Block<'a> {
             scores: take(scratch, FULL_ROWS * TILE),
             padded,
         };
-        pack_rows(queries, padded, block.queries);
         block.weighted.fill(0.0);
         block.largest.fill(f32::NEG_INFINITY);
         block.sum.fill(0.0);
         block
     }
 
+    /// Packs query rows of one head from row `first` of the block on.
+    pub(super) fn set_queries(&mut self, kernels: Kernels, first: usize, queries: Mat) {
+        kernels.pack_rows(queries, self.padded, &mut self.queries[first * self.padded..]);
+    }
+
     /// Folds one tile in. Row r sees the keys at positions below `lengths[r]`.
     pub(super) fn attend(
         &mut self,
-        kernels: &Kernels,
+        kernels: Kernels,
         shape: &AttentionShape,
         tile: Tile,
         lengths: &[usize],
@@ -160,7 +158,7 @@ impl<'a> Block<'a> {
     }
 
     /// Finishes the softmax and returns (result rows of `padded` elements, log-sum-exp per row).
-    pub(super) fn finish(self, kernels: &Kernels) -> (&'a [f32], &'a [f32]) {
+    pub(super) fn finish(self, kernels: Kernels) -> (&'a [f32], &'a [f32]) {
         kernels.softmax_finish(self.largest, self.sum, self.weighted, self.padded);
         (self.weighted, self.largest)
     }
@@ -183,7 +181,7 @@ impl Kernels {
     ///
     /// `offsets` i64[S+1]: token offsets of the sequences, from 0 to N. `q` and `out` are [N, heads * head_dim], `k` and
     /// `v` [N, kv_heads * head_dim]. `lse` [heads][N] gets the log-sum-exp of the scaled scores, which the backward pass
-    /// takes. Work items are (block of 128 query rows, head).
+    /// takes. Work items are (block of 256 query rows, head).
     ///
     /// The scores must not all be -inf in a row (which finite q and k cannot give, short of overflow); NaN propagates.
     ///
@@ -259,15 +257,15 @@ impl Kernels {
         let items: Vec<Item> = items.collect();
         let padded = shape.padded_dim();
         let scratch_floats =
-            Block::scratch_floats(shape, QUERY_BLOCK) + 2 * TILE * padded + shape.head_dim * TILE;
+            Block::scratch_floats(shape, QUERY_BLOCK) + TILE * padded + shape.head_dim * TILE;
         pool.for_each_with_scratch(items, scratch_floats, |item, scratch| {
-            forward_item(self, shape, q, k, v, dropout, item, scratch);
+            forward_item(*self, shape, q, k, v, dropout, item, scratch);
         });
     }
 }
 
 fn forward_item(
-    kernels: &Kernels,
+    kernels: Kernels,
     shape: &AttentionShape,
     q: Mat,
     k: Mat,
@@ -281,7 +279,7 @@ fn forward_item(
         head,
         start,
         first,
-        mut out,
+        out,
         mut lse,
     } = item;
     let rows = out.num_rows();
@@ -289,10 +287,10 @@ fn forward_item(
     let query_columns = head * dim..(head + 1) * dim;
     let kv_head = head / shape.group();
     let columns = kv_head * dim..(kv_head + 1) * dim;
-    let queries = (first..first + rows).map(|t| &q.row(t)[query_columns.clone()]);
-    let mut block = Block::new(shape, rows, queries, &mut scratch);
+    let mut block = Block::new(shape, rows, &mut scratch);
+    block.set_queries(kernels, 0, q.rows(first..first + rows).cols(query_columns));
+    let (k, v) = (k.cols(columns.clone()), v.cols(columns));
     let values = take(&mut scratch, TILE * padded);
-    let packed = take(&mut scratch, TILE * padded);
     let keys = take(&mut scratch, dim * TILE);
 
     let last = first + rows - start;
@@ -303,17 +301,8 @@ fn forward_item(
         .unwrap_or_default();
     for first_key in (0..last).step_by(TILE) {
         let tile_rows = start + first_key..start + (first_key + TILE).min(last);
-        pack_rows(
-            tile_rows.clone().map(|t| &k.row(t)[columns.clone()]),
-            padded,
-            packed,
-        );
-        transpose_rows(packed, tile_rows.len(), padded, dim, keys);
-        pack_rows(
-            tile_rows.map(|t| &v.row(t)[columns.clone()]),
-            padded,
-            values,
-        );
+        kernels.pack_transposed(k.rows(tile_rows.clone()), keys);
+        kernels.pack_rows(v.rows(tile_rows), padded, values);
         let tile = Tile {
             keys,
             values,
@@ -328,8 +317,6 @@ fn forward_item(
         );
     }
     let (result, result_lse) = block.finish(kernels);
-    for (r, row) in result.chunks_exact(padded).enumerate() {
-        out.row_mut(r).copy_from_slice(&row[..dim]);
-    }
+    kernels.unpack_rows(result, padded, out);
     lse.row_mut(0).copy_from_slice(result_lse);
 }

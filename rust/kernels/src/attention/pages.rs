@@ -145,13 +145,13 @@ impl Kernels {
         let items: Vec<Item> = items.collect();
         let scratch_floats = Block::scratch_floats(shape, block_rows * shape.group());
         pool.for_each_with_scratch(items, scratch_floats, |item, scratch| {
-            decode_item(self, shape, q, item, scratch);
+            decode_item(*self, shape, q, item, scratch);
         });
     }
 }
 
 fn decode_item(
-    kernels: &Kernels,
+    kernels: Kernels,
     shape: &AttentionShape,
     q: Mat,
     item: Item,
@@ -167,11 +167,12 @@ fn decode_item(
     let (rows, group) = (out.num_rows(), shape.group());
     let (dim, padded) = (shape.head_dim, shape.padded_dim());
     // Block rows are (query head of the group, query row): lengths ascend within a head.
-    let queries = (0..group).flat_map(|member| {
+    let mut block = Block::new(shape, rows * group, &mut scratch);
+    for member in 0..group {
         let head = kv_head * group + member;
-        (0..rows).map(move |r| &q.row(first_row + r)[head * dim..(head + 1) * dim])
-    });
-    let mut block = Block::new(shape, rows * group, queries, &mut scratch);
+        let queries = q.rows(first_row..first_row + rows).cols(head * dim..(head + 1) * dim);
+        block.set_queries(kernels, member * rows, queries);
+    }
     let lengths: Vec<usize> = (0..group)
         .flat_map(|_| first_length..first_length + rows)
         .collect();
@@ -192,8 +193,8 @@ fn decode_item(
         );
     }
     let (result, _) = block.finish(kernels);
-    for (i, row) in result.chunks_exact(padded).enumerate() {
-        let (member, r) = (i / rows, i % rows);
-        out.row_mut(r)[member * dim..][..dim].copy_from_slice(&row[..dim]);
+    for (member, head_rows) in result.chunks_exact(rows * padded).enumerate() {
+        let columns = member * dim..(member + 1) * dim;
+        kernels.unpack_rows(head_rows, padded, out.reborrow().cols(columns));
     }
 }

@@ -2,7 +2,7 @@
 //! kept log-sum-exp for the backward pass.
 
 use super::TILE;
-use crate::Kernels;
+use crate::{Kernels, Mat};
 use crate::math::{exp, log};
 use crate::random::{DropoutScale, kept};
 use crate::simd::{LANES, Simd, dispatch};
@@ -218,18 +218,18 @@ fn replay<S: Simd>(
     }
 }
 
-/// out[r] = sum of a[r] * b[r] over `padded` elements.
+/// out[r] = a[r] . b[r], the rows of `b` padded with zeros.
 #[inline(always)]
-fn row_products<S: Simd>(s: S, a: &[f32], b: &[f32], padded: usize, out: &mut [f32]) {
-    for ((a, b), out) in a.chunks_exact(padded).zip(b.chunks_exact(padded)).zip(out) {
+fn row_products<S: Simd>(s: S, a: Mat, b: &[f32], padded: usize, out: &mut [f32]) {
+    for (r, (b, out)) in b.chunks_exact(padded).zip(out).enumerate() {
+        let (a, tail) = a.row(r).as_chunks::<LANES>();
+        let (b, _) = b.as_chunks::<LANES>();
         let mut sum = s.zero();
-        for (a, b) in a
-            .as_chunks::<LANES>()
-            .0
-            .iter()
-            .zip(b.as_chunks::<LANES>().0)
-        {
+        for (a, b) in a.iter().zip(b) {
             sum = s.fma(s.load(a), s.load(b), sum);
+        }
+        if !tail.is_empty() {
+            sum = s.fma(s.load_partial(tail), s.load(&b[a.len()]), sum);
         }
         *out = s.sum(sum);
     }
@@ -293,8 +293,10 @@ impl Kernels {
         );
     }
 
-    /// out[r] = a[r] . b[r] for rows of `padded` elements.
-    pub(super) fn row_products(&self, a: &[f32], b: &[f32], padded: usize, out: &mut [f32]) {
-        dispatch!(*self, row_products(a: &[f32], b: &[f32], padded: usize, out: &mut [f32]));
+    /// out[r] = a[r] . b[r]; the rows of `b` are padded with zeros to `padded` elements.
+    pub(super) fn row_products(&self, a: Mat, b: &[f32], padded: usize, out: &mut [f32]) {
+        let fits = a.num_cols().next_multiple_of(LANES) == padded && out.len() == a.num_rows();
+        assert!(fits, "row_products: sizes do not fit");
+        dispatch!(*self, row_products<'a>(a: Mat<'a>, b: &[f32], padded: usize, out: &mut [f32]));
     }
 }

@@ -38,6 +38,31 @@ fn sum4(_: Avx2, a: __m128) -> f32 {
     }
 }
 
+/// Transposes a square of 8 x 8.
+#[inline(always)]
+fn transpose8(_: Avx2, rows: [__m256; 8]) -> [__m256; 8] {
+    let mut a = rows;
+    let mut b = rows;
+    // SAFETY: the token proves AVX2.
+    unsafe {
+        for i in 0..4 {
+            b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+            b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+        }
+        for i in 0..2 {
+            a[4 * i] = _mm256_shuffle_ps::<0x44>(b[4 * i], b[4 * i + 2]);
+            a[4 * i + 1] = _mm256_shuffle_ps::<0xee>(b[4 * i], b[4 * i + 2]);
+            a[4 * i + 2] = _mm256_shuffle_ps::<0x44>(b[4 * i + 1], b[4 * i + 3]);
+            a[4 * i + 3] = _mm256_shuffle_ps::<0xee>(b[4 * i + 1], b[4 * i + 3]);
+        }
+        for i in 0..4 {
+            b[i] = _mm256_permute2f128_ps::<0x20>(a[i], a[i + 4]);
+            b[i + 4] = _mm256_permute2f128_ps::<0x31>(a[i], a[i + 4]);
+        }
+    }
+    b
+}
+
 impl Simd for Avx2 {
     type F = (__m256, __m256);
     type U = (__m256i, __m256i);
@@ -300,6 +325,28 @@ impl Simd for Avx2 {
     fn to_float(self, a: Self::U) -> Self::F {
         // SAFETY: the token proves AVX2.
         unsafe { (_mm256_cvtepi32_ps(a.0), _mm256_cvtepi32_ps(a.1)) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
+        // Four squares of 8 x 8, those off the diagonal swapped.
+        let mut out = rows;
+        for half in 0..2 {
+            let mut left = [rows[0].0; 8];
+            let mut right = [rows[0].0; 8];
+            for i in 0..8 {
+                (left[i], right[i]) = rows[8 * half + i];
+            }
+            (left, right) = (transpose8(self, left), transpose8(self, right));
+            for i in 0..8 {
+                if half == 0 {
+                    (out[i].0, out[8 + i].0) = (left[i], right[i]);
+                } else {
+                    (out[i].1, out[8 + i].1) = (left[i], right[i]);
+                }
+            }
+        }
+        out
     }
 
     #[inline(always)]

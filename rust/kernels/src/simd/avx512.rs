@@ -202,6 +202,38 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
+        let mut a = rows;
+        let mut b = rows;
+        // SAFETY: the token proves AVX-512.
+        unsafe {
+            // Pairs of rows interleaved, then pairs of pairs: quarters of 4 x 4 are transposed.
+            for i in 0..8 {
+                b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+            }
+            for i in 0..4 {
+                a[4 * i] = _mm512_shuffle_ps::<0x44>(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 1] = _mm512_shuffle_ps::<0xee>(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 2] = _mm512_shuffle_ps::<0x44>(b[4 * i + 1], b[4 * i + 3]);
+                a[4 * i + 3] = _mm512_shuffle_ps::<0xee>(b[4 * i + 1], b[4 * i + 3]);
+            }
+            // Quarters gathered: first from rows 0-7 and 8-15, then across.
+            for i in 0..4 {
+                b[i] = _mm512_shuffle_f32x4::<0x88>(a[i], a[i + 4]);
+                b[i + 4] = _mm512_shuffle_f32x4::<0xdd>(a[i], a[i + 4]);
+                b[i + 8] = _mm512_shuffle_f32x4::<0x88>(a[i + 8], a[i + 12]);
+                b[i + 12] = _mm512_shuffle_f32x4::<0xdd>(a[i + 8], a[i + 12]);
+            }
+            for i in 0..8 {
+                a[i] = _mm512_shuffle_f32x4::<0x88>(b[i], b[i + 8]);
+                a[i + 8] = _mm512_shuffle_f32x4::<0xdd>(b[i], b[i + 8]);
+            }
+        }
+        a
+    }
+
+    #[inline(always)]
     fn sum(self, a: Self::F) -> f32 {
         // SAFETY: the token proves AVX-512 and AVX2.
         unsafe {

@@ -207,6 +207,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
+        std::array::from_fn(|column| Lanes(std::array::from_fn(|row| rows[row].0[column])))
+    }
+
+    #[inline(always)]
     fn sum(self, a: Self::F) -> f32 {
         a.fold(|a, b| a + b)
     }
