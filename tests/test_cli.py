@@ -199,12 +199,12 @@ def test_configuration_file_and_overrides(workshop, tmp_path, capsys):
     assert run(capsys, *arguments, "--output", tmp_path / "run", "--max-steps", "2")[0] == 0
     from ingot.configs import PretrainConfig, load_toml
 
-    saved = PretrainConfig.from_dict(load_toml(tmp_path / "run" / "config.toml"))
+    saved = PretrainConfig.from_dict(load_toml(tmp_path / "run" / "pretrain.toml"))
     assert (saved.max_steps, saved.learning_rate, saved.architecture.hidden_size) == (2, 3e-4, 16)
 
 
 def test_plan_names_a_command_that_parses(workshop, capsys):
-    code, out, _ = run(capsys, "plan", "--data", workshop / "a.txt", "--max-time", "30s", "--json")
+    code, out, _ = run(capsys, "plan", "--data", workshop / "a.txt", "--max-time", "10m", "--json")
     facts = json.loads(out)
     assert code == 0
     assert facts["command"].startswith("ingot pretrain")
@@ -244,7 +244,7 @@ def test_cache_is_listed_and_cleared(workshop, capsys):
         (("pretrain", "--data", "missing.txt", "--output", "{new}"), "missing.txt"),
         (("pretrain", "--data", "{a}", "--output", "{run}", "--max-steps", "2"), "--resume"),
         (("pretrain", "--data", "{a}", "--output", "{new}", "--model.num-attention-heads", "7"), "divide"),
-        (("pretrain", "--data", "{tiny}", "--output", "{new}", "--max-steps", "2"), "tiny.txt"),
+        (("pretrain", "--data", "{tiny}", "--output", "{new}", "--max-steps", "2"), "too few"),
         (("pretrain", "--resume", "{nowhere}"), "nowhere"),
         (("plan", "--data", "{a}", "--max-time", "soon"), "duration"),
     ],

@@ -180,7 +180,7 @@ def plan(
         expected_s=max_steps * step_s / _SHARE_OF_TIME_IN_STEPS,
         peak_memory_gb=peak_bytes / 1e9,
         learning_rate=learning_rate,
-        limited_by="the amount of text" if by_text < by_time or train_tokens > 4 * corpus_tokens else "the time",
+        limited_by="the amount of text" if by_text < by_time else "the time",
         command=shlex.join(words),
     )
 

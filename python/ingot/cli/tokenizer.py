@@ -45,6 +45,8 @@ class Train:
         if not self.files:
             raise ConfigError("no text to learn from: name files or folders")
         corpus = Corpus(self.files, separator=self.separator)
+        if corpus.num_bytes == 0:
+            raise DataError(f"{', '.join(self.files)}: there is no text to learn from")
         started = time.perf_counter()
         specials = () if self.vocab_size == 256 else self.special_tokens
         tokenizer = ingot.Tokenizer.train(
@@ -60,7 +62,7 @@ class Train:
         facts = {
             "tokenizer": str(Path(self.output) / "tokenizer.json"),
             "vocab_size": tokenizer.vocab_size,
-            "special_tokens": tokenizer.special_tokens,
+            "special_tokens": dict(tokenizer.special_tokens),
             "num_bytes": corpus.num_bytes,
             "elapsed_s": round(elapsed_s, 3),
             "hash": tokenizer.hash,
@@ -171,7 +173,7 @@ class Inspect:
         facts = {
             "vocab_size": tokenizer.vocab_size,
             "pattern": tokenizer.pattern,
-            "special_tokens": tokenizer.special_tokens,
+            "special_tokens": dict(tokenizer.special_tokens),
             "hash": tokenizer.hash,
         }
         if content is not None:
