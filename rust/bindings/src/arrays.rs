@@ -6,12 +6,15 @@ use std::ptr::NonNull;
 
 use ingot_model::Parameter;
 use numpy::ndarray::{ArrayView1, ArrayView2, ShapeBuilder};
-use numpy::{Element, PyArray, PyArrayDyn, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods, prelude::*};
+use numpy::{
+    Element, PyArray, PyArrayDyn, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
+    prelude::*,
+};
+use pyo3::PyClass;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
-use pyo3::PyClass;
 use pyo3::pyclass::boolean_struct::True;
+use pyo3::types::PyDict;
 
 use crate::model::NativeModel;
 use crate::optimizer::NativeOptimizer;
@@ -37,22 +40,37 @@ pub fn borrow<'py, T: Element>(
 ) -> PyResult<PyReadonlyArrayDyn<'py, T>> {
     let Ok(array) = object.cast::<PyUntypedArray>() else {
         let given = object.get_type().name()?;
-        return Err(PyTypeError::new_err(format!("{name}: needs {}, got {given}", expected::<T>(object.py(), shape))));
+        return Err(PyTypeError::new_err(format!(
+            "{name}: needs {}, got {given}",
+            expected::<T>(object.py(), shape)
+        )));
     };
-    let complaint = || format!("{name}: needs {}, got {}", expected::<T>(object.py(), shape), describe(array));
+    let complaint = || {
+        format!(
+            "{name}: needs {}, got {}",
+            expected::<T>(object.py(), shape),
+            describe(array)
+        )
+    };
     let Ok(typed) = object.cast::<PyArrayDyn<T>>() else {
         return Err(PyTypeError::new_err(complaint()));
     };
     let fits = array.ndim() == shape.len()
-        && array.shape().iter().zip(shape).all(|(got, want)| match want {
-            Size::Any(_) => true,
-            Size::Exactly(want) => got == want,
-        });
+        && array
+            .shape()
+            .iter()
+            .zip(shape)
+            .all(|(got, want)| match want {
+                Size::Any(_) => true,
+                Size::Exactly(want) => got == want,
+            });
     let aligned = typed.data().is_aligned();
     if !(fits && array.is_c_contiguous() && aligned) {
         return Err(PyValueError::new_err(complaint()));
     }
-    typed.try_readonly().map_err(|_| PyValueError::new_err(format!("{name}: is being written to")))
+    typed
+        .try_readonly()
+        .map_err(|_| PyValueError::new_err(format!("{name}: is being written to")))
 }
 
 /// [`borrow`] for an argument that may be `None`.
@@ -70,7 +88,9 @@ pub fn elements<'a, T: Element>(array: &'a PyReadonlyArrayDyn<'_, T>) -> PyResul
 }
 
 /// [`elements`] of an array that may be missing.
-pub fn optional_elements<'a, T: Element>(array: Option<&'a PyReadonlyArrayDyn<'_, T>>) -> PyResult<Option<&'a [T]>> {
+pub fn optional_elements<'a, T: Element>(
+    array: Option<&'a PyReadonlyArrayDyn<'_, T>>,
+) -> PyResult<Option<&'a [T]>> {
     array.map(elements).transpose()
 }
 
@@ -88,8 +108,17 @@ fn expected<T: Element>(py: Python<'_>, shape: &[Size]) -> String {
 }
 
 fn describe(array: &Bound<'_, PyUntypedArray>) -> String {
-    let order = if array.is_c_contiguous() { "" } else { ", not C-contiguous" };
-    format!("{} of shape {:?} with strides {:?} bytes{order}", array.dtype(), array.shape(), array.strides())
+    let order = if array.is_c_contiguous() {
+        ""
+    } else {
+        ", not C-contiguous"
+    };
+    format!(
+        "{} of shape {:?} with strides {:?} bytes{order}",
+        array.dtype(),
+        array.shape(),
+        array.strides()
+    )
 }
 
 /// Where a flat buffer lies. Cheap to copy: it is the address, not the memory.
@@ -107,7 +136,10 @@ unsafe impl Sync for LentBuffer {}
 impl LentBuffer {
     /// The buffer behind a slice.
     pub fn of(buffer: &mut [f32]) -> Self {
-        Self { len: buffer.len(), start: NonNull::from(buffer).cast() }
+        Self {
+            len: buffer.len(),
+            start: NonNull::from(buffer).cast(),
+        }
     }
 
     /// Whether a slice lies in the buffer, in part or whole.
@@ -153,23 +185,30 @@ where
 {
     let views = PyDict::new(owner.py());
     for tensor in owner.get().tensors() {
-        assert!(tensor.range().end <= buffer.len, "{} lies outside of its buffer", tensor.name);
+        assert!(
+            tensor.range().end <= buffer.len,
+            "{} lies outside of its buffer",
+            tensor.name
+        );
         // SAFETY: the tensor lies inside the buffer.
-        let start = unsafe { buffer.start.add(tensor.offset) }.as_ptr().cast_const();
-        let view = match (tensor.shape.as_slice(), tensor.transposed) {
-            (&[rows, cols], transposed) => {
-                let strides = if transposed { (1, rows) } else { (cols, 1) };
-                // SAFETY: `rows * cols` floats from `start` are the tensor's, and alive while the owner is.
-                let view = unsafe { ArrayView2::from_shape_ptr((rows, cols).strides(strides), start) };
-                // SAFETY: the owner becomes the array's base, and keeps the memory alive and in place.
-                unsafe { PyArray::borrow_from_array(&view, owner.as_any().clone()) }.into_any()
-            }
-            _ => {
-                // SAFETY: as above, for a vector.
-                let view = unsafe { ArrayView1::from_shape_ptr(tensor.len(), start) };
-                // SAFETY: as above.
-                unsafe { PyArray::borrow_from_array(&view, owner.as_any().clone()) }.into_any()
-            }
+        let start = unsafe { buffer.start.add(tensor.offset) }
+            .as_ptr()
+            .cast_const();
+        let view = if let &[rows, cols] = tensor.shape.as_slice() {
+            let strides = if tensor.transposed {
+                (1, rows)
+            } else {
+                (cols, 1)
+            };
+            // SAFETY: `rows * cols` floats from `start` are the tensor's, and alive while the owner is.
+            let view = unsafe { ArrayView2::from_shape_ptr((rows, cols).strides(strides), start) };
+            // SAFETY: the owner becomes the array's base, and keeps the memory alive and in place.
+            unsafe { PyArray::borrow_from_array(&view, owner.as_any().clone()) }.into_any()
+        } else {
+            // SAFETY: as above, for a vector.
+            let view = unsafe { ArrayView1::from_shape_ptr(tensor.len(), start) };
+            // SAFETY: as above.
+            unsafe { PyArray::borrow_from_array(&view, owner.as_any().clone()) }.into_any()
         };
         views.set_item(&tensor.name, view)?;
     }

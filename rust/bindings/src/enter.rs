@@ -25,7 +25,10 @@ where
 }
 
 /// The value behind a lock that nobody may wait for.
-pub fn lock<'a, T>(mutex: &'a Mutex<T>, what: &'static str) -> Result<MutexGuard<'a, T>, NativeError> {
+pub fn lock<'a, T>(
+    mutex: &'a Mutex<T>,
+    what: &'static str,
+) -> Result<MutexGuard<'a, T>, NativeError> {
     match mutex.try_lock() {
         Ok(guard) => Ok(guard),
         Err(TryLockError::WouldBlock) => Err(NativeError::Busy(what)),
@@ -35,5 +38,6 @@ pub fn lock<'a, T>(mutex: &'a Mutex<T>, what: &'static str) -> Result<MutexGuard
 
 fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "unknown".to_owned())
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "unknown".to_owned())
 }

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use ingot_model::ModelError;
 use ingot_tokenizer::TokenizerError;
-use pyo3::exceptions::{PyIndexError, PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{
+    PyIndexError, PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError,
+};
 use pyo3::prelude::*;
 
 /// Anything that can go wrong in a call.
@@ -93,7 +95,11 @@ fn os_error(path: &Path, source: &io::Error) -> PyErr {
     let text = source.to_string();
     match source.raw_os_error() {
         Some(number) => {
-            let reason = text.split(" (os error").next().unwrap_or_default().to_owned();
+            let reason = text
+                .split(" (os error")
+                .next()
+                .unwrap_or_default()
+                .to_owned();
             PyOSError::new_err((number, reason, path.as_os_str().to_owned()))
         }
         None => PyOSError::new_err(format!("{}: {text}", path.display())),
@@ -102,7 +108,9 @@ fn os_error(path: &Path, source: &io::Error) -> PyErr {
 
 /// An exception of a class of `ingot.errors`.
 pub fn own_class(py: Python<'_>, name: &str, message: String) -> PyErr {
-    let class = py.import("ingot.errors").and_then(|module| module.getattr(name));
+    let class = py
+        .import("ingot.errors")
+        .and_then(|module| module.getattr(name));
     match class.and_then(|class| class.call1((message,))) {
         Ok(exception) => PyErr::from_value(exception),
         Err(error) => error,

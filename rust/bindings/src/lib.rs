@@ -4,6 +4,11 @@
 //! [`errors`]). Classes are frozen; what changes inside them is locked, and a second thread gets an error instead of
 //! waiting.
 
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "what Python passes arrives owned"
+)]
+
 use pyo3::prelude::*;
 
 mod arrays;

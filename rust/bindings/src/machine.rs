@@ -30,13 +30,20 @@ pub fn level(py: Python<'_>, name: Option<&str>) -> PyResult<Option<Level>> {
         None => Err(own_class(
             py,
             "ConfigError",
-            format!("level is {name:?}; there are portable, avx2 and avx512, on this machine {}", available_names()),
+            format!(
+                "level is {name:?}; there are portable, avx2 and avx512, on this machine {}",
+                available_names()
+            ),
         )),
     }
 }
 
 fn available_names() -> String {
-    Level::available().iter().map(|level| level.name()).collect::<Vec<_>>().join(", ")
+    Level::available()
+        .iter()
+        .map(|level| level.name())
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// Version, build profile, instruction levels and threads.
@@ -45,9 +52,22 @@ fn available_names() -> String {
 pub fn build_info(py: Python<'_>, threads: Option<usize>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
-    info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+    info.set_item(
+        "profile",
+        if cfg!(debug_assertions) {
+            "debug"
+        } else {
+            "release"
+        },
+    )?;
     info.set_item("level", Level::best().name())?;
-    info.set_item("levels_available", Level::available().iter().map(|level| level.name()).collect::<Vec<_>>())?;
+    info.set_item(
+        "levels_available",
+        Level::available()
+            .iter()
+            .map(|level| level.name())
+            .collect::<Vec<_>>(),
+    )?;
     info.set_item("threads", thread_count(py, threads)?)?;
     Ok(info)
 }
@@ -58,7 +78,10 @@ pub fn build_info(py: Python<'_>, threads: Option<usize>) -> PyResult<Bound<'_, 
 pub fn measured_peak(py: Python<'_>, threads: Option<usize>) -> PyResult<Bound<'_, PyDict>> {
     let threads = thread_count(py, threads)?;
     let peak = enter(py, || {
-        Ok::<_, NativeError>(ingot_kernels::measured_peak(Kernels::best(), &Pool::new(threads)))
+        Ok::<_, NativeError>(ingot_kernels::measured_peak(
+            Kernels::best(),
+            &Pool::new(threads),
+        ))
     })?;
     let facts = PyDict::new(py);
     facts.set_item("gflops", peak.gflops)?;

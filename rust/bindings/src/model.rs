@@ -2,13 +2,18 @@
 
 use std::sync::{Mutex, OnceLock};
 
-use ingot_model::{Batch, Config, Context, ForwardOptions, Model, Options, OutputGradients, Outputs, Parameter, Want};
+use ingot_model::{
+    Batch, Config, Context, ForwardOptions, Model, Options, OutputGradients, Outputs, Parameter,
+    Want,
+};
 use numpy::{IntoPyArray, PyArrayMethods, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arrays::{LentBuffer, Size, borrow, borrow_optional, elements, optional_elements, views};
+use crate::arrays::{
+    LentBuffer, Size, borrow, borrow_optional, elements, optional_elements, views,
+};
 use crate::enter::{enter, lock};
 use crate::errors::{NativeError, own_class};
 use crate::machine::{level, thread_count};
@@ -60,10 +65,23 @@ impl<'py> BorrowedBatch<'py> {
     ) -> PyResult<Self> {
         let tokens = borrow("tokens", tokens, &[Size::Any("N")])?;
         let offsets = borrow("offsets", offsets, &[Size::Any("S + 1")])?;
-        let targets = borrow("targets", targets, &[Size::Exactly(elements(&tokens)?.len())])?;
+        let targets = borrow(
+            "targets",
+            targets,
+            &[Size::Exactly(elements(&tokens)?.len())],
+        )?;
         let num_sequences = elements(&offsets)?.len().saturating_sub(1);
-        let sequence_ids = borrow_optional("sequence_ids", sequence_ids, &[Size::Exactly(num_sequences)])?;
-        Ok(Self { tokens, offsets, targets, sequence_ids })
+        let sequence_ids = borrow_optional(
+            "sequence_ids",
+            sequence_ids,
+            &[Size::Exactly(num_sequences)],
+        )?;
+        Ok(Self {
+            tokens,
+            offsets,
+            targets,
+            sequence_ids,
+        })
     }
 
     fn batch(&self) -> PyResult<Batch<'_>> {
@@ -89,10 +107,15 @@ impl NativeModel {
         threads: Option<usize>,
         num_values: usize,
     ) -> PyResult<Self> {
-        let config: Config = serde_json::from_str(config)
-            .map_err(|error| own_class(py, "ConfigError", format!("model configuration: {error}")))?;
+        let config: Config = serde_json::from_str(config).map_err(|error| {
+            own_class(py, "ConfigError", format!("model configuration: {error}"))
+        })?;
         let hidden_size = config.hidden_size;
-        let options = Options { level: self::level(py, level)?, threads: thread_count(py, threads)?, num_values };
+        let options = Options {
+            level: self::level(py, level)?,
+            threads: thread_count(py, threads)?,
+            num_values,
+        };
         let mut model = enter(py, || Model::new(config, seed, options))?;
         Ok(Self {
             table: model.table().to_vec(),
@@ -109,7 +132,10 @@ impl NativeModel {
     /// Name and shape of each parameter, in the order of the flat buffers.
     #[getter]
     fn table(&self) -> Vec<(String, Vec<usize>)> {
-        self.table.iter().map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect()
+        self.table
+            .iter()
+            .map(|tensor| (tensor.name.clone(), tensor.shape.clone()))
+            .collect()
     }
 
     #[getter]
@@ -197,7 +223,9 @@ impl NativeModel {
         let (context, outputs) = enter(py, || -> Result<_, NativeError> {
             Ok(lock(&self.model, "model")?.forward(&batch, &options)?)
         })?;
-        let context = context.map(|context| NativeContext { context: Mutex::new(context) });
+        let context = context.map(|context| NativeContext {
+            context: Mutex::new(context),
+        });
         Ok((context, self.arrays(py, outputs, num_rows)?))
     }
 
@@ -215,7 +243,8 @@ impl NativeModel {
         d_hidden: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<()> {
         let (num_rows, num_hidden_rows) = {
-            let context = lock(&context.context, "context").map_err(|error| error.into_python(py))?;
+            let context =
+                lock(&context.context, "context").map_err(|error| error.into_python(py))?;
             (context.num_tokens(), context.num_hidden_rows())
         };
         let rows = [Size::Exactly(num_rows)];
@@ -224,8 +253,15 @@ impl NativeModel {
         let d_lse = borrow_optional("d_lse", d_lse, &rows)?;
         let d_zbar = borrow_optional("d_zbar", d_zbar, &rows)?;
         let values_shape = [Size::Exactly(num_rows), Size::Exactly(self.num_values)];
-        let d_values = borrow_optional("d_values", d_values, &values_shape[..self.value_dimensions()])?;
-        let hidden_shape = [Size::Exactly(num_hidden_rows), Size::Exactly(self.hidden_size)];
+        let d_values = borrow_optional(
+            "d_values",
+            d_values,
+            &values_shape[..self.value_dimensions()],
+        )?;
+        let hidden_shape = [
+            Size::Exactly(num_hidden_rows),
+            Size::Exactly(self.hidden_size),
+        ];
         let d_hidden = borrow_optional("d_hidden", d_hidden, &hidden_shape)?;
         let gradients = OutputGradients {
             d_logprobs: self.foreign("d_logprobs", d_logprobs.as_ref())?,
@@ -265,7 +301,13 @@ impl NativeModel {
         let weights = self.foreign("weights", Some(&weights))?.unwrap_or_default();
         let banned_ids = borrow("banned_ids", banned_ids, &[Size::Any("B")])?;
         let banned_ids = elements(&banned_ids)?;
-        let options = ForwardOptions { temperature, banned_ids, train, seed, ..ForwardOptions::default() };
+        let options = ForwardOptions {
+            temperature,
+            banned_ids,
+            train,
+            seed,
+            ..ForwardOptions::default()
+        };
         enter(py, || -> Result<_, NativeError> {
             Ok(lock(&self.model, "model")?.forward_backward(&batch, weights, &options)?)
         })
@@ -282,11 +324,17 @@ impl NativeModel {
 
 impl NativeModel {
     /// Runs `work` with the model to itself and without the interpreter's lock.
-    pub fn with<T: Send, E>(&self, py: Python<'_>, work: impl FnOnce(&mut Model) -> Result<T, E> + Send) -> PyResult<T>
+    pub fn with<T: Send, E>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut Model) -> Result<T, E> + Send,
+    ) -> PyResult<T>
     where
         NativeError: From<E>,
     {
-        enter(py, || -> Result<_, NativeError> { Ok(work(&mut *lock(&self.model, "model")?)?) })
+        enter(py, || -> Result<_, NativeError> {
+            Ok(work(&mut *lock(&self.model, "model")?)?)
+        })
     }
 
     /// Names and places of the parameters.
@@ -300,9 +348,18 @@ impl NativeModel {
         name: &str,
         array: Option<&'a PyReadonlyArrayDyn<'_, f32>>,
     ) -> PyResult<Option<&'a [f32]>> {
-        let Some(slice) = optional_elements(array)? else { return Ok(None) };
-        if self.parameters.overlaps(slice) || self.gradients.get().is_some_and(|lent| lent.overlaps(slice)) {
-            let message = format!("{name}: is a view of the model's own memory, which this call writes to: pass a copy");
+        let Some(slice) = optional_elements(array)? else {
+            return Ok(None);
+        };
+        if self.parameters.overlaps(slice)
+            || self
+                .gradients
+                .get()
+                .is_some_and(|lent| lent.overlaps(slice))
+        {
+            let message = format!(
+                "{name}: is a view of the model's own memory, which this call writes to: pass a copy"
+            );
             return Err(PyValueError::new_err(message));
         }
         Ok(Some(slice))
@@ -313,7 +370,12 @@ impl NativeModel {
         if self.num_values > 1 { 2 } else { 1 }
     }
 
-    fn arrays<'py>(&self, py: Python<'py>, outputs: Outputs, num_rows: usize) -> PyResult<Bound<'py, PyDict>> {
+    fn arrays<'py>(
+        &self,
+        py: Python<'py>,
+        outputs: Outputs,
+        num_rows: usize,
+    ) -> PyResult<Bound<'py, PyDict>> {
         let arrays = PyDict::new(py);
         let vectors = [
             ("logprobs", outputs.logprobs),
@@ -339,7 +401,12 @@ impl NativeModel {
         }
         if let Some(hidden) = outputs.hidden {
             let num_hidden_rows = hidden.len() / self.hidden_size;
-            arrays.set_item("hidden", hidden.into_pyarray(py).reshape([num_hidden_rows, self.hidden_size])?)?;
+            arrays.set_item(
+                "hidden",
+                hidden
+                    .into_pyarray(py)
+                    .reshape([num_hidden_rows, self.hidden_size])?,
+            )?;
         }
         Ok(arrays)
     }
@@ -356,7 +423,11 @@ fn parse_want(names: &[String]) -> PyResult<Want> {
             "top1" => &mut want.top1,
             "values" => &mut want.values,
             "hidden" => &mut want.hidden,
-            _ => return Err(PyRuntimeError::new_err(format!("there is no output {name:?}"))),
+            _ => {
+                return Err(PyRuntimeError::new_err(format!(
+                    "there is no output {name:?}"
+                )));
+            }
         };
         *field = true;
     }

@@ -37,17 +37,27 @@ impl NativeOptimizer {
         let eps_mode = match eps_mode {
             "torch" => EpsMode::Torch,
             "tf" => EpsMode::Tf,
-            _ => return Err(PyValueError::new_err(format!("eps_mode is {eps_mode:?}; there are \"torch\" and \"tf\""))),
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "eps_mode is {eps_mode:?}; there are \"torch\" and \"tf\""
+                )));
+            }
         };
         let groups: Vec<ParameterGroup> = groups
             .into_iter()
-            .map(|(names, learning_rate_scale, weight_decay)| ParameterGroup {
-                names,
-                learning_rate_scale,
-                weight_decay,
-            })
+            .map(
+                |(names, learning_rate_scale, weight_decay)| ParameterGroup {
+                    names,
+                    learning_rate_scale,
+                    weight_decay,
+                },
+            )
             .collect();
-        let options = OptimizerOptions { betas, eps, eps_mode };
+        let options = OptimizerOptions {
+            betas,
+            eps,
+            eps_mode,
+        };
         let mut optimizer = model.with(py, |model| Optimizer::new(model, &groups, options))?;
         let (first, second) = optimizer.moments_mut();
         Ok(Self {
@@ -60,7 +70,13 @@ impl NativeOptimizer {
 
     /// Norm of the gradients before clipping, and whether the step was skipped.
     #[pyo3(signature = (model, *, lr, clip_norm))]
-    fn step(&self, py: Python<'_>, model: &NativeModel, lr: f64, clip_norm: Option<f64>) -> PyResult<(f64, bool)> {
+    fn step(
+        &self,
+        py: Python<'_>,
+        model: &NativeModel,
+        lr: f64,
+        clip_norm: Option<f64>,
+    ) -> PyResult<(f64, bool)> {
         let info = model.with(py, |model| -> Result<_, NativeError> {
             Ok(lock(&self.optimizer, "optimizer")?.step(model, lr, clip_norm)?)
         })?;
@@ -70,12 +86,17 @@ impl NativeOptimizer {
     /// Writable views of the first and the second moments by name.
     fn moments<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyDict>, Bound<'py, PyDict>)> {
         let this = slf.get();
-        Ok((views(slf, this.first_moments)?, views(slf, this.second_moments)?))
+        Ok((
+            views(slf, this.first_moments)?,
+            views(slf, this.second_moments)?,
+        ))
     }
 
     #[getter]
     fn steps_taken(&self, py: Python<'_>) -> PyResult<u64> {
-        enter(py, || Ok::<_, NativeError>(lock(&self.optimizer, "optimizer")?.steps_taken()))
+        enter(py, || {
+            Ok::<_, NativeError>(lock(&self.optimizer, "optimizer")?.steps_taken())
+        })
     }
 
     fn set_steps_taken(&self, py: Python<'_>, steps: u64) -> PyResult<()> {

@@ -84,6 +84,9 @@ fn specials(names: Option<Vec<String>>) -> Specials {
     names.map_or(Specials::All, Specials::These)
 }
 
+/// Ids of several texts one after the other, and the offsets of the texts.
+type BatchArrays<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
+
 /// See `ingot.Tokenizer`.
 #[pyclass(frozen, module = "ingot._native", name = "Tokenizer")]
 pub struct NativeTokenizer {
@@ -291,7 +294,7 @@ impl NativeTokenizer {
         allowed: Option<Vec<String>>,
         disallowed: Option<Vec<String>>,
         threads: Option<usize>,
-    ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>)> {
+    ) -> PyResult<BatchArrays<'py>> {
         let (ids, offsets) = self.batch(py, &texts, allowed, disallowed, thread_count(threads)?)?;
         Ok((ids.into_pyarray(py), offsets.into_pyarray(py)))
     }

@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use ingot_kernels::random::{RandomKey, site};
-use ingot_kernels::{Mat, MatMut, PagedSequence};
+use ingot_kernels::{Kernels, Mat, MatMut, PagedSequence, Pool};
 
 use crate::batch::{HeadOptions, check_banned, check_ids};
 use crate::head::{row_statistics, rows_per_chunk};
@@ -94,10 +94,16 @@ impl Decoder {
     pub fn new(model: &Model, options: &DecoderOptions<'_>) -> Result<Self, ModelError> {
         let config = model.config();
         if options.max_tokens == 0 || options.max_sequences == 0 {
-            let argument = if options.max_tokens == 0 { "max_tokens" } else { "max_sequences" };
+            let argument = if options.max_tokens == 0 {
+                "max_tokens"
+            } else {
+                "max_sequences"
+            };
             return Err(ModelError::argument(argument, "must be at least 1, got 0"));
         }
-        if config.position == PositionKind::Learned && options.max_tokens > config.max_position_embeddings {
+        if config.position == PositionKind::Learned
+            && options.max_tokens > config.max_position_embeddings
+        {
             let message = format!(
                 "{} is beyond the {} positions that the model has learned",
                 options.max_tokens, config.max_position_embeddings
@@ -110,7 +116,10 @@ impl Decoder {
             max_tokens: options.max_tokens,
             seed: options.seed,
             banned_ids: check_banned(options.banned_ids, config.vocab_size)?,
-            store: PageStore::new(model.layout().blocks[0].attention.shape(), config.num_hidden_layers),
+            store: PageStore::new(
+                model.layout().blocks[0].attention.shape(),
+                config.num_hidden_layers,
+            ),
             slots: (0..options.max_sequences).map(|_| None).collect(),
         })
     }
@@ -130,7 +139,10 @@ impl Decoder {
         self.check_model(model)?;
         sampling.validate()?;
         if tokens.is_empty() {
-            return Err(ModelError::argument("tokens", "is empty: a sequence begins with at least one token"));
+            return Err(ModelError::argument(
+                "tokens",
+                "is empty: a sequence begins with at least one token",
+            ));
         }
         if tokens.len() >= self.max_tokens {
             let message = format!(
@@ -150,19 +162,36 @@ impl Decoder {
         };
         let tokens = tokens.to_vec();
         let pages = PageTable::default();
-        self.occupy(Slot { sequence_id, sampling, head, tokens, num_cached: 0, pages })
+        self.occupy(Slot {
+            sequence_id,
+            sampling,
+            head,
+            tokens,
+            num_cached: 0,
+            pages,
+        })
     }
 
     /// Begins a second sequence that is so far the same as `slot`'s, and shares its pages.
     ///
     /// # Errors
     /// If the slot is not in use, or all slots are.
-    pub fn fork(&mut self, model: &Model, slot: usize, sequence_id: i64) -> Result<usize, ModelError> {
+    pub fn fork(
+        &mut self,
+        model: &Model,
+        slot: usize,
+        sequence_id: i64,
+    ) -> Result<usize, ModelError> {
         self.check_model(model)?;
         let unread = self.slot(slot)?.tokens.len() - 1;
         self.free_slot()?;
         // Both read the last token themselves, for its logits; what is before it is read once.
-        self.feed(model, &[slot], |slot| slot.num_cached..unread.max(slot.num_cached), &mut []);
+        self.feed(
+            model,
+            &[slot],
+            |slot| slot.num_cached..unread.max(slot.num_cached),
+            &mut [],
+        );
         let original = self.slot_mut(slot)?;
         original.num_cached = original.num_cached.max(unread);
         let copy = Slot {
@@ -181,7 +210,11 @@ impl Decoder {
     /// # Errors
     /// If a slot in `forced` is not in use or its token no allowed id, a sequence is full, or the logits are not finite;
     /// no sequence has changed then.
-    pub fn step(&mut self, model: &Model, forced: &[(usize, i32)]) -> Result<DecodeStep, ModelError> {
+    pub fn step(
+        &mut self,
+        model: &Model,
+        forced: &[(usize, i32)],
+    ) -> Result<DecodeStep, ModelError> {
         self.check_model(model)?;
         let active = self.active();
         let mut choices: Vec<Option<i32>> = vec![None; self.slots.len()];
@@ -205,7 +238,12 @@ impl Decoder {
         }
         let d = model.config().hidden_size;
         let mut last = model.arenas().lease(active.len() * d);
-        self.feed(model, &active, |slot| slot.num_cached..slot.tokens.len(), &mut last);
+        self.feed(
+            model,
+            &active,
+            |slot| slot.num_cached..slot.tokens.len(),
+            &mut last,
+        );
         let step = self.draw(model, &active, &choices, &last)?;
         for (&slot, &token) in step.slots.iter().zip(&step.tokens) {
             let slot = self.slot_mut(slot)?;
@@ -229,7 +267,9 @@ impl Decoder {
 
     /// Slots in use, ascending.
     pub fn active(&self) -> Vec<usize> {
-        (0..self.slots.len()).filter(|&slot| self.slots[slot].is_some()).collect()
+        (0..self.slots.len())
+            .filter(|&slot| self.slots[slot].is_some())
+            .collect()
     }
 
     /// Tokens of a sequence so far, prompt included.
@@ -251,16 +291,25 @@ impl Decoder {
     }
 
     fn slot(&self, slot: usize) -> Result<&Slot, ModelError> {
-        self.slots.get(slot).and_then(Option::as_ref).ok_or_else(|| unknown_slot(slot))
+        self.slots
+            .get(slot)
+            .and_then(Option::as_ref)
+            .ok_or_else(|| unknown_slot(slot))
     }
 
     fn slot_mut(&mut self, slot: usize) -> Result<&mut Slot, ModelError> {
-        self.slots.get_mut(slot).and_then(Option::as_mut).ok_or_else(|| unknown_slot(slot))
+        self.slots
+            .get_mut(slot)
+            .and_then(Option::as_mut)
+            .ok_or_else(|| unknown_slot(slot))
     }
 
     fn free_slot(&self) -> Result<usize, ModelError> {
         self.slots.iter().position(Option::is_none).ok_or_else(|| {
-            let message = format!("{} are all in use: remove a sequence first", self.slots.len());
+            let message = format!(
+                "{} are all in use: remove a sequence first",
+                self.slots.len()
+            );
             ModelError::argument("slots", message)
         })
     }
@@ -283,13 +332,19 @@ impl Decoder {
         let mut segments = Vec::new();
         let mut num_rows = 0;
         for (row, &index) in slots.iter().enumerate() {
-            let Some(slot) = &mut self.slots[index] else { continue };
+            let Some(slot) = &mut self.slots[index] else {
+                continue;
+            };
             let Range { mut start, end } = positions(slot);
             self.store.reserve(&mut slot.pages, end);
             while start < end {
                 let stop = end.min(start + CHUNK_ROWS - num_rows);
                 let last_row = (stop == end && !last.is_empty()).then_some(row);
-                segments.push(Segment { slot: index, positions: start..stop, last: last_row });
+                segments.push(Segment {
+                    slot: index,
+                    positions: start..stop,
+                    last: last_row,
+                });
                 num_rows += stop - start;
                 start = stop;
                 if num_rows == CHUNK_ROWS {
@@ -313,12 +368,23 @@ impl Decoder {
         let mut tokens = Vec::new();
         let mut positions = Vec::new();
         for segment in segments {
-            let Some(slot) = &self.slots[segment.slot] else { continue };
-            tokens.extend(slot.tokens[segment.positions.clone()].iter().map(|&token| token as u32));
+            let Some(slot) = &self.slots[segment.slot] else {
+                continue;
+            };
+            tokens.extend(
+                slot.tokens[segment.positions.clone()]
+                    .iter()
+                    .map(|&token| token as u32),
+            );
             positions.extend(segment.positions.clone().map(|position| position as u32));
         }
         let num_rows = tokens.len();
-        let rotary = model.rotary_table(positions.iter().max().map_or(0, |&position| position as usize + 1));
+        let rotary = model.rotary_table(
+            positions
+                .iter()
+                .max()
+                .map_or(0, |&position| position as usize + 1),
+        );
         let lease = |width: usize| model.arenas().lease(num_rows * width);
         let mut x = lease(d);
         let mut normed = lease(d);
@@ -327,11 +393,21 @@ impl Decoder {
         let mut attended = lease(first.attention.query_width());
         let mut pre = lease(first.mlp.up.outputs);
         let mut active = lease(first.mlp.width);
-        layout.embedding.forward(compute, parameters, &tokens, &positions, None, &mut x);
+        layout
+            .embedding
+            .forward(compute, parameters, &tokens, &positions, None, &mut x);
         for block in &layout.blocks {
             let rotary = rotary.as_deref();
             block.attention_input(
-                compute, parameters, rotary, &positions, &x, None, &mut qkv, &mut rotated, &mut normed,
+                compute,
+                parameters,
+                rotary,
+                &positions,
+                &x,
+                None,
+                &mut qkv,
+                &mut rotated,
+                &mut normed,
             );
             let (queries, keys, values) = block.attention.split(&qkv, &rotated);
             self.store_rows(pool, block.layer, segments, keys, values);
@@ -352,7 +428,9 @@ impl Decoder {
             let out = MatMut::new(&mut attended, num_rows, block.attention.query_width());
             kernels.attention_decode(pool, &block.attention.shape(), &sequences, queries, out);
             block.attention_output(compute, parameters, &attended, &mut x);
-            block.mlp_norm.forward(compute, parameters, &x, &mut normed, None);
+            block
+                .mlp_norm
+                .forward(compute, parameters, &x, &mut normed, None);
             block.mlp_output(compute, parameters, &normed, &mut pre, &mut active, &mut x);
         }
         let mut end = 0;
@@ -367,7 +445,7 @@ impl Decoder {
     /// Stores one layer's keys and values of the rows of some segments, slots ascending.
     fn store_rows(
         &mut self,
-        pool: &ingot_kernels::Pool,
+        pool: &Pool,
         layer: usize,
         segments: &[Segment],
         keys: Mat<'_>,
@@ -378,9 +456,15 @@ impl Decoder {
         let mut first_row = 0;
         let mut rows = Vec::with_capacity(segments.len());
         for (index, slot) in self.slots.iter_mut().enumerate() {
-            let (Some(slot), Some(segment)) = (slot, next) else { continue };
+            let (Some(slot), Some(segment)) = (slot, next) else {
+                continue;
+            };
             if segment.slot == index {
-                rows.push(NewRows { table: &mut slot.pages, positions: segment.positions.clone(), first_row });
+                rows.push(NewRows {
+                    table: &mut slot.pages,
+                    positions: segment.positions.clone(),
+                    first_row,
+                });
                 first_row += segment.positions.len();
                 next = rest.next();
             }
@@ -402,24 +486,42 @@ impl Decoder {
         let mut normed = model.arenas().lease(rows_at_once * d);
         let mut logits = model.arenas().lease(rows_at_once * vocab_size);
         let mut step = DecodeStep::default();
-        for (slots, x) in slots.chunks(rows_at_once.max(1)).zip(x.chunks(rows_at_once.max(1) * d)) {
+        for (slots, x) in slots
+            .chunks(rows_at_once.max(1))
+            .zip(x.chunks(rows_at_once.max(1) * d))
+        {
             let num_rows = slots.len();
-            layout.final_norm.forward(compute, parameters, x, &mut normed[..num_rows * d], None);
+            layout
+                .final_norm
+                .forward(compute, parameters, x, &mut normed[..num_rows * d], None);
             let normed = Mat::new(&normed[..num_rows * d], num_rows, d);
             let out = MatMut::new(&mut logits[..num_rows * vocab_size], num_rows, vocab_size);
             layout.head.forward(compute, parameters, normed, out, false);
             let mut draws: Vec<Draw<'_>> = slots
                 .iter()
                 .filter_map(|&index| self.slots[index].as_ref().map(|slot| (index, slot)))
-                .map(|(index, slot)| Draw { slot, forced: choices[index], result: None })
+                .map(|(index, slot)| Draw {
+                    slot,
+                    forced: choices[index],
+                    result: None,
+                })
                 .collect();
-            let items = draws.iter_mut().zip(logits.chunks_exact_mut(vocab_size)).collect();
-            compute.pool.for_each_with_scratch(items, 2 * vocab_size, |(draw, row): (&mut Draw<'_>, _), scratch| {
-                draw.result = self.draw_row(&compute.kernels, draw, row, scratch);
-            });
+            let items = draws
+                .iter_mut()
+                .zip(logits.chunks_exact_mut(vocab_size))
+                .collect();
+            compute.pool.for_each_with_scratch(
+                items,
+                2 * vocab_size,
+                |(draw, row): (&mut Draw<'_>, _), scratch| {
+                    draw.result = self.draw_row(compute.kernels, draw, row, scratch);
+                },
+            );
             for (draw, &index) in draws.iter().zip(slots) {
                 let Some((token, logprob, entropy)) = draw.result else {
-                    return Err(ModelError::NotFinite { sequence_id: draw.slot.sequence_id });
+                    return Err(ModelError::NotFinite {
+                        sequence_id: draw.slot.sequence_id,
+                    });
                 };
                 step.slots.push(index);
                 step.tokens.push(token);
@@ -433,14 +535,19 @@ impl Decoder {
     /// Token, log-probability and entropy from one row of raw logits; nothing where they are not finite.
     fn draw_row(
         &self,
-        kernels: &ingot_kernels::Kernels,
+        kernels: Kernels,
         draw: &Draw<'_>,
         logits: &mut [f32],
         scratch: &mut [f32],
     ) -> Option<(i32, f32, f32)> {
         let slot = draw.slot;
         // Scales and masks the row; the target does not matter yet.
-        let statistics = row_statistics(*kernels, &slot.head, logits, draw.forced.unwrap_or_default() as usize);
+        let statistics = row_statistics(
+            kernels,
+            &slot.head,
+            logits,
+            draw.forced.unwrap_or_default() as usize,
+        );
         if !(statistics.lse.is_finite() && statistics.entropy.is_finite()) {
             return None;
         }
@@ -452,7 +559,8 @@ impl Decoder {
                 sequence_id: slot.sequence_id,
                 position: slot.tokens.len() as u64,
             };
-            slot.sampling.draw(kernels, logits, &slot.tokens, key.uniform(), scratch)
+            slot.sampling
+                .draw(kernels, logits, &slot.tokens, key.uniform(), scratch)
         });
         // The row is scaled already, and a factor of 1 changes no bit: the same statistics, for the token this time.
         let statistics = kernels.head_row_statistics(logits, 1.0, token as usize);
@@ -462,4 +570,208 @@ impl Decoder {
 
 fn unknown_slot(slot: usize) -> ModelError {
     ModelError::argument("slot", format!("{slot} is not in use"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Decoder, DecoderOptions};
+    use crate::testing::{gpt2, llama};
+    use crate::{Batch, Config, ForwardOptions, Model, ModelError, Options, Sampling};
+
+    const MAX_TOKENS: usize = 200;
+
+    fn model(config: Config) -> Model {
+        Model::new(
+            Config {
+                max_position_embeddings: MAX_TOKENS,
+                ..config
+            },
+            1,
+            Options::default(),
+        )
+        .unwrap()
+    }
+
+    fn decoder(model: &Model) -> Decoder {
+        let options = DecoderOptions {
+            max_tokens: MAX_TOKENS,
+            max_sequences: 4,
+            seed: 5,
+            banned_ids: &[3],
+        };
+        Decoder::new(model, &options).unwrap()
+    }
+
+    fn tokens(seed: i32, length: usize) -> Vec<i32> {
+        (0..length as i32)
+            .map(|i| [0, 1, 2, 4, 5, 7][((i * i + seed * i + seed) % 6) as usize])
+            .collect()
+    }
+
+    /// ln p of each token after the first, by the training pass.
+    fn training_logprobs(model: &Model, tokens: &[i32]) -> Vec<f32> {
+        let (inputs, targets) = (&tokens[..tokens.len() - 1], &tokens[1..]);
+        let offsets = [0, inputs.len() as i64];
+        let batch = Batch {
+            tokens: inputs,
+            offsets: &offsets,
+            targets,
+            sequence_ids: None,
+        };
+        let options = ForwardOptions {
+            temperature: 0.7,
+            banned_ids: &[3],
+            train: false,
+            ..ForwardOptions::default()
+        };
+        model.forward(&batch, &options).unwrap().1.logprobs.unwrap()
+    }
+
+    #[test]
+    fn forced_tokens_have_the_bits_of_training_across_pages_and_forks() {
+        for config in [gpt2(), llama()] {
+            let model = model(config);
+            let mut decoder = decoder(&model);
+            let sampling = Sampling {
+                temperature: 0.7,
+                ..Sampling::default()
+            };
+            // One starts alone, one with a prompt longer than a page, and one leaves the second at position 80.
+            let (first, second) = (tokens(1, 150), tokens(2, 150));
+            let mut third = second[..80].to_vec();
+            third.extend(tokens(3, 70));
+            let a = decoder.add(&model, &first[..1], 0, sampling).unwrap();
+            let b = decoder.add(&model, &second[..79], 1, sampling).unwrap();
+            let mut logprobs = [const { Vec::new() }; 3];
+            let mut c = None;
+            for i in 0..149 {
+                if i == 1 {
+                    c = Some(decoder.fork(&model, b, 2).unwrap());
+                }
+                let mut forced = vec![(a, first[1 + i])];
+                forced.extend((i < 71).then(|| (b, second[79 + i])));
+                forced.extend(c.filter(|_| i < 71).map(|c| (c, third[79 + i])));
+                if i == 71 {
+                    decoder.remove(b).unwrap();
+                    decoder.remove(c.unwrap()).unwrap();
+                }
+                let step = decoder.step(&model, &forced).unwrap();
+                for (slot, logprob) in step.slots.iter().zip(&step.logprobs) {
+                    logprobs[*slot].push(logprob.to_bits());
+                }
+            }
+            let bits = |tokens: &[i32], from: usize| -> Vec<u32> {
+                training_logprobs(&model, tokens)[from..]
+                    .iter()
+                    .map(|x| x.to_bits())
+                    .collect()
+            };
+            assert_eq!(logprobs[0], bits(&first, 0));
+            assert_eq!(logprobs[1], bits(&second, 78));
+            assert_eq!(logprobs[2], bits(&third, 79));
+        }
+    }
+
+    #[test]
+    fn a_prompt_longer_than_a_chunk_is_read_in_parts() {
+        let config = Config {
+            max_position_embeddings: 3000,
+            ..llama()
+        };
+        let model = Model::new(config, 1, Options::default()).unwrap();
+        let options = DecoderOptions {
+            max_tokens: 3000,
+            max_sequences: 3,
+            seed: 0,
+            banned_ids: &[3],
+        };
+        let mut decoder = Decoder::new(&model, &options).unwrap();
+        let sampling = Sampling {
+            temperature: 0.7,
+            ..Sampling::default()
+        };
+        let long = tokens(4, 2500);
+        for length in [700, 2499, 1] {
+            decoder.add(&model, &long[..length], 0, sampling).unwrap();
+        }
+        let forced = [(0, long[700]), (1, long[2499]), (2, long[1])];
+        let step = decoder.step(&model, &forced).unwrap();
+        let expected = training_logprobs(&model, &long);
+        let bits = |logprobs: &[f32]| logprobs.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(
+            bits(&step.logprobs),
+            bits(&[expected[699], expected[2498], expected[0]])
+        );
+    }
+
+    #[test]
+    fn slots_are_used_again_and_errors_name_them() {
+        let model = model(llama());
+        let mut decoder = decoder(&model);
+        let sampling = Sampling::default();
+        for expected in 0..4 {
+            assert_eq!(decoder.add(&model, &[1], 7, sampling), Ok(expected));
+        }
+        assert!(
+            decoder
+                .add(&model, &[1], 7, sampling)
+                .unwrap_err()
+                .to_string()
+                .contains("all in use")
+        );
+        assert!(
+            decoder
+                .fork(&model, 1, 7)
+                .unwrap_err()
+                .to_string()
+                .contains("all in use")
+        );
+        decoder.remove(2).unwrap();
+        assert_eq!(decoder.active(), [0, 1, 3]);
+        assert_eq!(
+            decoder.length(2).unwrap_err().to_string(),
+            "slot: 2 is not in use"
+        );
+        assert_eq!(
+            decoder.step(&model, &[(2, 1)]).unwrap_err().to_string(),
+            "slot: 2 is not in use"
+        );
+        assert!(
+            decoder
+                .step(&model, &[(1, 3)])
+                .unwrap_err()
+                .to_string()
+                .contains("banned")
+        );
+        assert!(matches!(
+            decoder.step(&model, &[(1, 99)]),
+            Err(ModelError::OutOfRange { value: 99, .. })
+        ));
+        assert_eq!(decoder.length(1), Ok(1), "a refused step changes nothing");
+        assert_eq!(decoder.add(&model, &[1, 2], 7, sampling), Ok(2));
+        assert_eq!(decoder.step(&model, &[]).unwrap().slots, [0, 1, 2, 3]);
+        assert_eq!((decoder.length(1), decoder.length(2)), (Ok(2), Ok(3)));
+    }
+
+    #[test]
+    fn changed_parameters_are_noticed() {
+        let mut model = model(llama());
+        let mut decoder = decoder(&model);
+        decoder.add(&model, &[1], 0, Sampling::default()).unwrap();
+        model.parameters_mut()[0] = 1.0;
+        assert_eq!(decoder.step(&model, &[]), Err(ModelError::DecoderStale));
+    }
+
+    #[test]
+    fn weights_that_are_no_numbers_are_an_error_and_change_nothing() {
+        let mut model = model(llama());
+        model.parameters_mut().fill(f32::NAN);
+        let mut decoder = decoder(&model);
+        decoder.add(&model, &[1], 9, Sampling::default()).unwrap();
+        assert_eq!(
+            decoder.step(&model, &[]),
+            Err(ModelError::NotFinite { sequence_id: 9 })
+        );
+        assert_eq!(decoder.length(0), Ok(1));
+    }
 }

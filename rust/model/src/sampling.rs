@@ -29,7 +29,13 @@ pub struct Sampling {
 impl Default for Sampling {
     /// The model's own distribution.
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+        }
     }
 }
 
@@ -43,9 +49,24 @@ impl Sampling {
     /// [`ModelError::Argument`] naming the setting and its value.
     pub fn validate(&self) -> Result<(), ModelError> {
         let ranges = [
-            ("temperature", self.temperature >= 0.0 && self.temperature.is_finite(), "0 or more", self.temperature),
-            ("top_p", self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1", self.top_p),
-            ("min_p", (0.0..=1.0).contains(&self.min_p), "between 0 and 1", self.min_p),
+            (
+                "temperature",
+                self.temperature >= 0.0 && self.temperature.is_finite(),
+                "0 or more",
+                self.temperature,
+            ),
+            (
+                "top_p",
+                self.top_p > 0.0 && self.top_p <= 1.0,
+                "above 0 and at most 1",
+                self.top_p,
+            ),
+            (
+                "min_p",
+                (0.0..=1.0).contains(&self.min_p),
+                "between 0 and 1",
+                self.min_p,
+            ),
             (
                 "repetition_penalty",
                 self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite(),
@@ -55,15 +76,20 @@ impl Sampling {
         ];
         match ranges.iter().find(|(_, holds, _, _)| !holds) {
             None => Ok(()),
-            Some((name, _, range, value)) => {
-                Err(ModelError::argument(name, format!("must be {range}, got {value}")))
-            }
+            Some((name, _, range, value)) => Err(ModelError::argument(
+                name,
+                format!("must be {range}, got {value}"),
+            )),
         }
     }
 
     /// What the logits are divided by before probabilities are taken.
     pub(crate) fn divisor(&self) -> f32 {
-        if self.temperature > 0.0 { self.temperature } else { 1.0 }
+        if self.temperature > 0.0 {
+            self.temperature
+        } else {
+            1.0
+        }
     }
 
     fn truncates(&self) -> bool {
@@ -74,7 +100,7 @@ impl Sampling {
     /// `previous` are the sequence's tokens; `scratch` has at least 2 V floats.
     pub(crate) fn draw(
         &self,
-        kernels: &Kernels,
+        kernels: Kernels,
         scores: &[f32],
         previous: &[i32],
         uniform: f64,
@@ -85,7 +111,10 @@ impl Sampling {
         self.penalize(scores, previous, penalized);
         let largest = penalized.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         if self.temperature == 0.0 {
-            return penalized.iter().position(|&score| score == largest).unwrap_or_default() as i32;
+            return penalized
+                .iter()
+                .position(|&score| score >= largest)
+                .unwrap_or_default() as i32;
         }
         for score in penalized.iter_mut() {
             *score -= largest;
@@ -107,16 +136,23 @@ impl Sampling {
         for &token in previous {
             let score = scores[token as usize];
             // From the score as it was: a token that occurred twice is penalised once.
-            penalized[token as usize] =
-                if score > 0.0 { score / self.repetition_penalty } else { score * self.repetition_penalty };
+            penalized[token as usize] = if score > 0.0 {
+                score / self.repetition_penalty
+            } else {
+                score * self.repetition_penalty
+            };
         }
     }
 
     /// The ids that remain, ascending. `weights` are proportional to probabilities, the largest of them 1.
     fn truncate(&self, weights: &[f32]) -> Vec<u32> {
-        let mut ids: Vec<u32> = (0..weights.len() as u32).filter(|&id| weights[id as usize] > 0.0).collect();
+        let mut ids: Vec<u32> = (0..weights.len() as u32)
+            .filter(|&id| weights[id as usize] > 0.0)
+            .collect();
         let likelier = |a: &u32, b: &u32| -> Ordering {
-            weights[*b as usize].total_cmp(&weights[*a as usize]).then(a.cmp(b))
+            weights[*b as usize]
+                .total_cmp(&weights[*a as usize])
+                .then(a.cmp(b))
         };
         if self.top_k > 0 && self.top_k < ids.len() {
             ids.select_nth_unstable_by(self.top_k - 1, likelier);
@@ -181,8 +217,15 @@ mod tests {
     /// The ids that can come out, by sweeping the uniform number.
     fn support(sampling: Sampling, previous: &[i32]) -> Vec<i32> {
         let mut scratch = [0.0; 12];
-        let mut draw =
-            |i: u32| sampling.draw(&Kernels::best(), &SCORES, previous, f64::from(i) / 1000.0, &mut scratch);
+        let mut draw = |i: u32| {
+            sampling.draw(
+                Kernels::best(),
+                &SCORES,
+                previous,
+                f64::from(i) / 1000.0,
+                &mut scratch,
+            )
+        };
         let mut ids: Vec<i32> = (0..1000).map(&mut draw).collect();
         assert!(ids.is_sorted(), "the inverse follows the order of the ids");
         ids.dedup();
@@ -196,20 +239,64 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_equals() {
-        assert_eq!(support(Sampling { temperature: 0.0, ..Sampling::default() }, &[]), [1]);
+        assert_eq!(
+            support(
+                Sampling {
+                    temperature: 0.0,
+                    ..Sampling::default()
+                },
+                &[]
+            ),
+            [1]
+        );
     }
 
     #[test]
     fn top_k_prefers_lower_ids_among_equals() {
-        assert_eq!(support(Sampling { top_k: 1, ..Sampling::default() }, &[]), [1]);
-        assert_eq!(support(Sampling { top_k: 3, ..Sampling::default() }, &[]), [1, 3, 5]);
-        assert_eq!(support(Sampling { top_k: 99, ..Sampling::default() }, &[]), [0, 1, 2, 3, 5]);
+        assert_eq!(
+            support(
+                Sampling {
+                    top_k: 1,
+                    ..Sampling::default()
+                },
+                &[]
+            ),
+            [1]
+        );
+        assert_eq!(
+            support(
+                Sampling {
+                    top_k: 3,
+                    ..Sampling::default()
+                },
+                &[]
+            ),
+            [1, 3, 5]
+        );
+        assert_eq!(
+            support(
+                Sampling {
+                    top_k: 99,
+                    ..Sampling::default()
+                },
+                &[]
+            ),
+            [0, 1, 2, 3, 5]
+        );
     }
 
     #[test]
     fn top_p_keeps_the_smallest_set_that_reaches_it() {
         // Weights relative to the largest: .223, 1, .050, 1, 0, .368; sum 2.641.
-        let kept = |top_p| support(Sampling { top_p, ..Sampling::default() }, &[]);
+        let kept = |top_p| {
+            support(
+                Sampling {
+                    top_p,
+                    ..Sampling::default()
+                },
+                &[],
+            )
+        };
         assert_eq!(kept(0.01), [1]);
         assert_eq!(kept(0.5), [1, 3]);
         assert_eq!(kept(0.757), [1, 3]);
@@ -219,14 +306,31 @@ mod tests {
     #[test]
     fn top_p_counts_what_top_k_left() {
         // Among 1, 3 and 5 the first two have .845.
-        let kept = |top_p| support(Sampling { top_k: 3, top_p, ..Sampling::default() }, &[]);
+        let kept = |top_p| {
+            support(
+                Sampling {
+                    top_k: 3,
+                    top_p,
+                    ..Sampling::default()
+                },
+                &[],
+            )
+        };
         assert_eq!(kept(0.84), [1, 3]);
         assert_eq!(kept(0.85), [1, 3, 5]);
     }
 
     #[test]
     fn min_p_compares_with_the_likeliest() {
-        let kept = |min_p| support(Sampling { min_p, ..Sampling::default() }, &[]);
+        let kept = |min_p| {
+            support(
+                Sampling {
+                    min_p,
+                    ..Sampling::default()
+                },
+                &[],
+            )
+        };
         assert_eq!(kept(0.3), [1, 3, 5]);
         assert_eq!(kept(0.2), [0, 1, 3, 5]);
         assert_eq!(kept(1.0), [1, 3]);
@@ -234,11 +338,19 @@ mod tests {
 
     #[test]
     fn repetition_is_penalised_once_and_by_the_sign() {
-        let greedy = Sampling { temperature: 0.0, repetition_penalty: 4.0, ..Sampling::default() };
+        let greedy = Sampling {
+            temperature: 0.0,
+            repetition_penalty: 4.0,
+            ..Sampling::default()
+        };
         assert_eq!(support(greedy, &[1, 1]), [3]);
         assert_eq!(support(greedy, &[1, 3, 3]), [5]);
         // -1 times 4 is less likely than any other: top-k of four leaves it out.
-        let sampling = Sampling { repetition_penalty: 4.0, top_k: 4, ..Sampling::default() };
+        let sampling = Sampling {
+            repetition_penalty: 4.0,
+            top_k: 4,
+            ..Sampling::default()
+        };
         assert_eq!(support(sampling, &[2]), [0, 1, 3, 5]);
     }
 
@@ -246,8 +358,11 @@ mod tests {
     fn long_tails_are_sorted_further() {
         let scores = vec![0.0_f32; 5000];
         let mut scratch = vec![0.0; 10_000];
-        let sampling = Sampling { top_p: 0.5, ..Sampling::default() };
-        let last = sampling.draw(&Kernels::best(), &scores, &[], 0.999_999, &mut scratch);
+        let sampling = Sampling {
+            top_p: 0.5,
+            ..Sampling::default()
+        };
+        let last = sampling.draw(Kernels::best(), &scores, &[], 0.999_999, &mut scratch);
         assert_eq!(last, 2499);
     }
 
@@ -259,7 +374,13 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_are_named() {
-        let error = Sampling { top_p: 0.0, ..Sampling::default() }.validate().unwrap_err().to_string();
+        let error = Sampling {
+            top_p: 0.0,
+            ..Sampling::default()
+        }
+        .validate()
+        .unwrap_err()
+        .to_string();
         assert_eq!(error, "top_p: must be above 0 and at most 1, got 0");
     }
 }
