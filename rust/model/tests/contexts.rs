@@ -126,6 +126,23 @@ fn wrong_gradients_are_named_and_leave_the_context_usable() {
     model
         .backward(&mut context, &d_logprobs(&ones(&data)))
         .unwrap();
+
+    let options = ForwardOptions {
+        want: common::ALL,
+        hidden_rows: Some(&[3, 1]),
+        ..Default::default()
+    };
+    let mut context = model.forward(&data.batch(), &options).unwrap().0.unwrap();
+    let text = message(model.backward(&mut context, &values));
+    assert_eq!(
+        text,
+        "d_values: has 3 entries, but the output values needs 8"
+    );
+    let text = message(model.backward(&mut context, &hidden));
+    assert_eq!(
+        text,
+        "d_hidden: has 3 entries, but the output hidden needs 30"
+    );
 }
 
 #[test]
