@@ -20,7 +20,7 @@ def settings(folder: Path) -> PretrainConfig:
         data=(str(folder.parent / "text.txt"),),
         output=str(folder),
         cache_dir=str(folder.parent / f"{folder.name}-cache"),
-        vocab_size=280,
+        vocab_size=266,
         separator=SEPARATOR,
         architecture=Architecture(
             hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, dropout=0.1

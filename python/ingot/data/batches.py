@@ -218,8 +218,12 @@ class RandomBatches:
         picks = ((raw >> np.uint64(11)) * 2.0**-53 * float(self._before[-1])).astype(np.int64)
         stretch = np.searchsorted(self._before, picks, side="right") - 1
         starts = self._starts[stretch] + picks - self._before[stretch]
-        rows = [[(int(start), self._max_length)] for start in starts]
-        return assemble(self._ids, rows), cursor
+        windows = self._ids[starts[:, None] + np.arange(self._max_length + 1)].astype(
+            np.int32
+        )  # [rows, max_length + 1]
+        rows = np.arange(self._rows + 1, dtype=np.int64)
+        tokens, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1)
+        return Batch(tokens, rows * self._max_length, targets, rows[:-1], rows), cursor
 
     def steps_per_epoch(self) -> float:
         """Steps that read as many tokens as the training text has."""

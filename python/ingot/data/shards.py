@@ -57,11 +57,14 @@ class TokenShards:
         dtype = np.dtype(header["dtype"])
         starts_at = _HEADER_BYTES + _padded(self.num_tokens * dtype.itemsize)
         keys_at = starts_at + 8 * (self.num_documents + 1)
-        self.ids: npt.NDArray[Any] = np.memmap(path, dtype, "r", _HEADER_BYTES, (self.num_tokens,))
+        # Plain views of the maps: a memmap's own slicing costs microseconds, a batch has hundreds of slices.
+        self.ids: npt.NDArray[Any] = np.memmap(path, dtype, "r", _HEADER_BYTES, (self.num_tokens,)).view(np.ndarray)
         """u16 or u32 [num_tokens], mapped from the file."""
-        self.starts: npt.NDArray[np.int64] = np.memmap(path, "<i8", "r", starts_at, (self.num_documents + 1,))
+        self.starts: npt.NDArray[np.int64] = np.memmap(path, "<i8", "r", starts_at, (self.num_documents + 1,)).view(
+            np.ndarray
+        )
         """i64 [D+1]: where each document begins in ``ids``, its leading end-of-text id included."""
-        self.keys: npt.NDArray[np.uint64] = np.memmap(path, "<u8", "r", keys_at, (self.num_documents,))
+        self.keys: npt.NDArray[np.uint64] = np.memmap(path, "<u8", "r", keys_at, (self.num_documents,)).view(np.ndarray)
         """u64 [D]: hash of each document's bytes."""
 
     @classmethod

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.configs import ModelConfig
-from ingot.durable import reached, rename, sync_file, temporary_name, write_file
+from ingot.durable import reached, rename, temporary_name, write_file
 from ingot.errors import CheckpointError, ConfigError
-from ingot.models.safetensors_files import StoredTensor, read_header, read_tensors
+from ingot.models.safetensors_files import StoredTensor, read_header, read_tensors, write_tensors
 from ingot.models.tables import some
 
 CONFIG_FILE = "config.json"
@@ -182,8 +182,6 @@ def write_folder(folder: str | Path, config: ModelConfig, state: Mapping[str, np
     OSError
         No space, no permission. A file that was there before stays as it was.
     """
-    from safetensors.numpy import save_file
-
     from ingot import __version__
 
     folder = Path(folder)
@@ -192,16 +190,11 @@ def write_folder(folder: str | Path, config: ModelConfig, state: Mapping[str, np
     temporary = temporary_name(target)
     reached(f"{WEIGHTS_FILE}: before write")
     try:
-        arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
-        # "pt" is what transformers asks for; the layout is the same.
-        save_file(arrays, temporary, {"format": "pt", "ingot_version": __version__})
-        reached(f"{WEIGHTS_FILE}: before sync")
-        sync_file(temporary)
-    except BaseException as error:
+        # "format": "pt" is what transformers asks for; the layout is the same.
+        write_tensors(temporary, state, {"format": "pt", "ingot_version": __version__})
+        reached(f"{WEIGHTS_FILE}: written")
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if type(error).__name__ == "SafetensorError":
-            # The library reports a full disk in a class of its own.
-            raise OSError(f"{target}: could not be written: {error}") from None
         raise
     rename(temporary, target)
     write_file(folder / CONFIG_FILE, json.dumps(config_to_hf(config), indent=2).encode() + b"\n")

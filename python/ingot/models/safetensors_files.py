@@ -1,6 +1,7 @@
-"""Reading weights from safetensors files, any float type to f32, one tensor in memory at a time.
+"""Safetensors files: any float type read as f32, one tensor in memory at a time; equal arrays written as equal bytes.
 
-The library's own numpy reader has no bfloat16, so the header (u64 length, JSON of ``dtype, shape, data_offsets``) is read here.
+A file is a u64 length, a JSON header of that length (``dtype, shape, data_offsets`` of each tensor) and the data. The library's numpy
+reader has no bfloat16; its writer puts metadata in an order that changes from file to file, and hides what the system refused.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from ingot.errors import CheckpointError
 
+_WRITTEN_TYPES = {"<f4": "F32", "<f8": "F64", "<i4": "I32", "<i8": "I64"}
 _BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # The limit of the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
@@ -102,3 +105,34 @@ def _to_f32(raw: bytes, dtype: str) -> npt.NDArray[np.float32]:
         return (upper << np.uint32(16)).view(np.float32)
     stored: npt.NDArray[np.float32] = np.frombuffer(raw, dtype={"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
     return stored.astype(np.float32, copy=False)
+
+
+def write_tensors(
+    path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file, synced to the disk. Types are f32, f64, i32 and i64.
+
+    Raises
+    ------
+    OSError
+        No space, no permission; ``path`` may hold a part, so write to a temporary name and rename.
+    """
+    # Largest elements first, as the library does, so that each tensor is aligned to its type.
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for name in names:
+        array = arrays[name]
+        end = position + array.nbytes
+        dtype = _WRITTEN_TYPES[array.dtype.newbyteorder("<").str]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name in names:
+            array = arrays[name]
+            file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from ingot.durable import (
     temporary_name,
 )
 from ingot.errors import CheckpointError
+from ingot.models.safetensors_files import write_tensors
 
 if TYPE_CHECKING:
     from ingot.models.base import Model
@@ -61,7 +61,7 @@ def write_checkpoint(
         model.save(temporary)
         tokenizer.save(temporary)
         reached(f"{OPTIMIZER_FILE}: before write")
-        _save_arrays(temporary / OPTIMIZER_FILE, model.optimizer.state())
+        write_tensors(temporary / OPTIMIZER_FILE, model.optimizer.state())
         (temporary / STATE_FILE).write_bytes(_json({"format_version": FORMAT_VERSION, **state}))
         files = {}
         for path in sorted(temporary.iterdir()):
@@ -193,20 +193,6 @@ def prune(folder: Path, step: int, previous: int, keep_newest: int, keep_best: i
     for number, path in refused + kept[:-keep_newest]:
         if number != keep_best or (number, path) in refused:
             remove_folder(path)
-
-
-def _save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file(dict(arrays), path, {"format": "pt"})
-    except SafetensorError as error:
-        # The library reports what the system refused in a class of its own, with the number in its text.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -48,7 +48,7 @@ class Probe:
 
 
 def timed(function: Callable[[], object], budget_s: float) -> float:
-    """Median seconds of a call: one to warm up, then two or more until ``budget_s`` is used; only one where calls are slow."""
+    """Mean seconds of a call: one to warm up, then two or more until ``budget_s`` is used; only one where calls are slow."""
     begin = time.perf_counter()
     function()
     first = time.perf_counter() - begin
@@ -57,7 +57,7 @@ def timed(function: Callable[[], object], budget_s: float) -> float:
         before = time.perf_counter()
         function()
         times.append(time.perf_counter() - before)
-    return statistics.median(times)
+    return statistics.fmean(times)
 
 
 def save_estimate_s(config: ModelConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Weight of the newest step in the smoothed time.
 _SMOOTHING = 0.1
+# Asking the system for the memory in use takes as long as a tiny step.
+_MEMORY_EVERY_S = 0.5
 
 
 class Pace:
@@ -33,6 +36,8 @@ class Pace:
         self._process = psutil.Process()
         self._began_s = time.perf_counter() - elapsed_s
         self._tokens_per_s = 0.0
+        self._memory_bytes = 0
+        self._memory_asked_s = -math.inf
 
     @property
     def elapsed_s(self) -> float:
@@ -59,7 +64,7 @@ class Pace:
             "time/elapsed_s": self.elapsed_s,
             "time/tokens_per_s": self._tokens_per_s,
             "time/share_of_peak": self._share_of_peak(),
-            "time/memory_bytes": self._process.memory_info().rss,
+            "time/memory_bytes": self._memory(),
         }
 
     def status(self, step: int, loss: float | None, eval_loss: float | None) -> Status:
@@ -73,9 +78,15 @@ class Pace:
             eval_loss=eval_loss,
             tokens_per_s=self._tokens_per_s,
             share_of_peak=self._share_of_peak(),
-            memory_bytes=self._process.memory_info().rss,
+            memory_bytes=self._memory(),
             eta_s=self._cost.total_s(remaining, evaluations, saves),
         )
+
+    def _memory(self) -> int:
+        now = time.perf_counter()
+        if now - self._memory_asked_s >= _MEMORY_EVERY_S:
+            self._memory_bytes, self._memory_asked_s = int(self._process.memory_info().rss), now
+        return self._memory_bytes
 
     def _share_of_peak(self) -> float | None:
         if self._peak_flops is None:

@@ -229,6 +229,7 @@ def _probe(config: PretrainConfig, text: Text, model: Model) -> Probe:
     batch, _ = text.batches.take(0, Cursor())
 
     def step() -> None:
+        text.batches.take(0, Cursor())
         model.zero_grad()
         _backward(model, config, batch, 0)
         model.step(0.0, clip_norm=config.max_grad_norm or None)
@@ -393,6 +394,8 @@ class _Run:
             loss, _, _ = next_token_loss(out.logprobs, batch.targets, ones)
             total += loss
             count += batch.num_targets
+            # A sign of life where this takes long.
+            self.display.update(self.pace.status(self.state.step, None, self.state.eval_loss))
         return total / count
 
     def export(self, loss: float | None) -> None:

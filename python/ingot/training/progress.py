@@ -119,7 +119,8 @@ class PlainDisplay:
     def update(self, status: Status) -> None:
         now = time.monotonic()
         due = status.step - self._shown_step >= self._total / _PLAIN_LINES_A_RUN or now - self._shown_at >= _HEARTBEAT_S
-        if (due and now - self._shown_at >= 1.0) or status.step == self._total:
+        at_the_end = status.step == self._total != self._shown_step
+        if (due and now - self._shown_at >= 1.0) or at_the_end:
             self._shown_step, self._shown_at = status.step, now
             self.say(f"step {status.step}/{self._total}  {'  '.join(status.words())}  ETA {duration(status.eta_s)}")
 
