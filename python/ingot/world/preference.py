@@ -1,0 +1,35 @@
+"""Which of two stories people would rather have.
+
+The first line names a reader, and each reader likes two of the four kinds of encounter. The world's own stories do not heed it:
+half of them please their reader. A judge has to know the reader (from the prompt) and the encounter (from the story); neither alone,
+nor the length, says anything.
+"""
+
+from __future__ import annotations
+
+from ingot.world.check import check, parse_request
+from ingot.world.vocabulary import TASTES
+
+
+def pleases(prompt: str, story: str) -> bool:
+    """Whether a story does all that its first line asks, in sentences that are all right, with an encounter that the reader likes."""
+    return _rank(prompt, story) == 2
+
+
+def prefers(prompt: str, a: str, b: str) -> int:
+    """1 where ``a`` is the better story, -1 where ``b`` is, 0 where neither is.
+
+    A whole story that does what was asked is better than any other; of two such stories the one that pleases the reader is better.
+    """
+    rank_a, rank_b = _rank(prompt, a), _rank(prompt, b)
+    return (rank_a > rank_b) - (rank_a < rank_b)
+
+
+def _rank(prompt: str, story: str) -> int:
+    request = parse_request(prompt)
+    if request is None:
+        raise ValueError(f"not a first line of the world: {prompt!r}")
+    found = check(story, request)
+    if found.facts is None or not (found.well_formed and found.follows_all):
+        return 0
+    return 2 if found.facts.encounter in TASTES[request.reader] else 1
