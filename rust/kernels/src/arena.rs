@@ -12,6 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Alignment of every buffer in bytes: one cache line, one 512-bit register.
 pub const ALIGNMENT: usize = 64;
 
+/// Floats per unit of alignment.
+pub(crate) const LINE: usize = ALIGNMENT / size_of::<f32>();
+
 /// Buffers of at least this many bytes are aligned to it and offered to the kernel as huge pages.
 const HUGE_PAGE: usize = 2 << 20;
 

@@ -351,16 +351,15 @@ impl Pool {
             }
         };
         let erased: *const Body<'_> = &raw const caught;
-        // SAFETY: only the lifetime changes. Workers dereference the pointer while counted inside an open call; `finish`
-        // below closes the call and waits until none is, before `caught` and what it borrows go out of scope.
         #[allow(
             clippy::transmute_ptr_to_ptr,
             reason = "a cast cannot extend the lifetime"
         )]
-        let erased = ErasedBody(unsafe {
-            std::mem::transmute::<*const Body<'_>, *const Body<'static>>(erased)
-        });
-        self.open(erased);
+        // SAFETY: only the lifetime changes. Workers dereference the pointer while counted inside an open call; `finish`
+        // below closes the call and waits until none is, before `caught` and what it borrows go out of scope.
+        let erased =
+            unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(erased) };
+        self.open(ErasedBody(erased));
         {
             let _mark = InsideMark::set();
             caught(0);

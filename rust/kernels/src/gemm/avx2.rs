@@ -7,86 +7,57 @@
 
 use std::arch::x86_64::*;
 
-use super::isa::{Isa, Tile};
-use super::pack::{self, Transpose};
+use super::isa::{Isa, Tile, packing};
+use super::pack::Transpose;
 
 const MR: usize = 4;
+const A_WIDTH: usize = 2 * MR;
 const LANES: usize = 8;
 const VECTORS: usize = 3;
 const NR: usize = VECTORS * LANES;
 
 pub(super) struct Avx2;
 
-/// 4 x 4 with 128-bit registers: panels of A.
-struct Transpose4;
-
-impl Transpose for Transpose4 {
-    const SIDE: usize = 4;
-
-    #[inline(always)]
-    unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
-        // SAFETY: the caller's: a block of 4 x 4 on both sides.
-        unsafe {
-            let row = |i: usize| _mm_loadu_ps(src.add(i * src_stride));
-            let (r0, r1, r2, r3) = (row(0), row(1), row(2), row(3));
-            let (a, b) = (_mm_unpacklo_ps(r0, r1), _mm_unpackhi_ps(r0, r1));
-            let (c, d) = (_mm_unpacklo_ps(r2, r3), _mm_unpackhi_ps(r2, r3));
-            _mm_storeu_ps(dst, _mm_movelh_ps(a, c));
-            _mm_storeu_ps(dst.add(dst_stride), _mm_movehl_ps(c, a));
-            _mm_storeu_ps(dst.add(2 * dst_stride), _mm_movelh_ps(b, d));
-            _mm_storeu_ps(dst.add(3 * dst_stride), _mm_movehl_ps(d, b));
-        }
-    }
-}
-
-/// 8 x 8: panels of B.
+/// 8 x 8.
 struct Transpose8;
 
 impl Transpose for Transpose8 {
     const SIDE: usize = 8;
 
     #[inline(always)]
+    unsafe fn prefetch(at: *const f32) {
+        // SAFETY: fetching is a hint that touches nothing; the caller has SSE.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    /// For four k at a time: register i gathers rows i and i + 4, one in each 128-bit lane, so that two rounds of
+    /// unpacking within lanes finish the transposition.
+    #[inline(always)]
     unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // SAFETY: the caller's: a block of 8 x 8 on both sides, and a CPU with AVX.
-        unsafe { transpose_8x8(src, src_stride, dst, dst_stride) }
-    }
-}
-
-/// `dst[k * dst_stride + i] = src[i * src_stride + k]` for i and k below 8. For four k at a time: register i gathers rows
-/// i and i + 4, one in each 128-bit lane, so that two rounds of unpacking within lanes finish the transposition.
-///
-/// # Safety
-/// A CPU with AVX; all these places are valid.
-#[inline(always)]
-pub(super) unsafe fn transpose_8x8(
-    src: *const f32,
-    src_stride: usize,
-    dst: *mut f32,
-    dst_stride: usize,
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        for k in [0, 4] {
-            let gather = |i: usize| {
-                let row = |i: usize| _mm_loadu_ps(src.add(i * src_stride + k));
-                _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(row(i)), row(i + 4))
-            };
-            let (r0, r1, r2, r3) = (gather(0), gather(1), gather(2), gather(3));
-            let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
-            let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
-            _mm256_storeu_ps(dst.add(k * dst_stride), _mm256_shuffle_ps::<0x44>(a, c));
-            _mm256_storeu_ps(
-                dst.add((k + 1) * dst_stride),
-                _mm256_shuffle_ps::<0xee>(a, c),
-            );
-            _mm256_storeu_ps(
-                dst.add((k + 2) * dst_stride),
-                _mm256_shuffle_ps::<0x44>(b, d),
-            );
-            _mm256_storeu_ps(
-                dst.add((k + 3) * dst_stride),
-                _mm256_shuffle_ps::<0xee>(b, d),
-            );
+        unsafe {
+            for k in [0, 4] {
+                let gather = |i: usize| {
+                    let row = |i: usize| _mm_loadu_ps(src.add(i * src_stride + k));
+                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(row(i)), row(i + 4))
+                };
+                let (r0, r1, r2, r3) = (gather(0), gather(1), gather(2), gather(3));
+                let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
+                let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
+                _mm256_storeu_ps(dst.add(k * dst_stride), _mm256_shuffle_ps::<0x44>(a, c));
+                _mm256_storeu_ps(
+                    dst.add((k + 1) * dst_stride),
+                    _mm256_shuffle_ps::<0xee>(a, c),
+                );
+                _mm256_storeu_ps(
+                    dst.add((k + 2) * dst_stride),
+                    _mm256_shuffle_ps::<0x44>(b, d),
+                );
+                _mm256_storeu_ps(
+                    dst.add((k + 3) * dst_stride),
+                    _mm256_shuffle_ps::<0xee>(b, d),
+                );
+            }
         }
     }
 }
@@ -154,6 +125,12 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
                 }
             }
         }
+        for r in 0..R {
+            let out = tile.out.add(r * tile.out_stride);
+            for v in 0..V {
+                _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(v * LANES).cast());
+            }
+        }
         let (mut a, mut b) = (tile.a, tile.b);
         for _ in 0..tile.depth {
             let mut columns = [_mm256_setzero_ps(); V];
@@ -166,7 +143,7 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
                     *acc = _mm256_fmadd_ps(row, column, *acc);
                 }
             }
-            a = a.add(MR);
+            a = a.add(A_WIDTH);
             b = b.add(NR);
         }
         if !tile.bias.is_null() {
@@ -189,18 +166,6 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
     }
 }
 
-#[target_feature(enable = "avx2,fma")]
-unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
-    // SAFETY: the caller's.
-    unsafe { pack::transpose::<Transpose4, MR>(src, stride, width, depth, dst) }
-}
-
-#[target_feature(enable = "avx2,fma")]
-unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
-    // SAFETY: the caller's.
-    unsafe { pack::transpose::<Transpose8, NR>(src, stride, width, depth, dst) }
-}
-
 /// # Safety
 /// As for [`Isa::tile`].
 #[inline(always)]
@@ -218,6 +183,7 @@ unsafe fn rows<const V: usize>(rows: usize, tile: &Tile) {
 
 impl Isa for Avx2 {
     const MR: usize = MR;
+    const A_WIDTH: usize = A_WIDTH;
     const NR: usize = NR;
     const LANES: usize = LANES;
 
@@ -232,25 +198,5 @@ impl Isa for Avx2 {
         }
     }
 
-    unsafe fn transpose_a(
-        src: *const f32,
-        stride: usize,
-        width: usize,
-        depth: usize,
-        dst: *mut f32,
-    ) {
-        // SAFETY: the caller's.
-        unsafe { transpose_a(src, stride, width, depth, dst) }
-    }
-
-    unsafe fn transpose_b(
-        src: *const f32,
-        stride: usize,
-        width: usize,
-        depth: usize,
-        dst: *mut f32,
-    ) {
-        // SAFETY: the caller's.
-        unsafe { transpose_b(src, stride, width, depth, dst) }
-    }
+    packing!(#[target_feature(enable = "avx2,fma")] a: Transpose8, A_WIDTH; b: Transpose8, NR);
 }

@@ -7,34 +7,28 @@
 
 use std::arch::x86_64::*;
 
-use super::isa::{Isa, Tile};
-use super::pack::{self, Transpose};
+use super::isa::{Isa, Tile, packing};
+use super::pack::Transpose;
 
 const MR: usize = 8;
+const A_WIDTH: usize = 2 * MR;
 const LANES: usize = 16;
 const VECTORS: usize = 3;
 const NR: usize = VECTORS * LANES;
 
 pub(super) struct Avx512;
 
-/// 8 x 8 with 256-bit registers: panels of A.
-struct Transpose8;
-
-impl Transpose for Transpose8 {
-    const SIDE: usize = 8;
-
-    #[inline(always)]
-    unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
-        // SAFETY: the caller's: a block of 8 x 8 on both sides, and a CPU with AVX.
-        unsafe { super::avx2::transpose_8x8(src, src_stride, dst, dst_stride) }
-    }
-}
-
-/// 16 x 16: panels of B.
+/// 16 x 16.
 struct Transpose16;
 
 impl Transpose for Transpose16 {
     const SIDE: usize = 16;
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const f32) {
+        // SAFETY: fetching is a hint that touches nothing; the caller has SSE.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
 
     /// For four k at a time: register i gathers rows i, i + 4, i + 8 and i + 12, one in each 128-bit lane, so that two
     /// rounds of unpacking within lanes finish the transposition.
@@ -89,6 +83,12 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
                 }
             }
         }
+        for r in 0..R {
+            let out = tile.out.add(r * tile.out_stride);
+            for v in 0..V {
+                _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(v * LANES).cast());
+            }
+        }
         let (mut a, mut b) = (tile.a, tile.b);
         for _ in 0..tile.depth {
             let mut columns = [_mm512_setzero_ps(); V];
@@ -101,7 +101,7 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
                     *acc = _mm512_fmadd_ps(row, column, *acc);
                 }
             }
-            a = a.add(MR);
+            a = a.add(A_WIDTH);
             b = b.add(NR);
         }
         if !tile.bias.is_null() {
@@ -122,18 +122,6 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
             }
         }
     }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
-    // SAFETY: the caller's.
-    unsafe { pack::transpose::<Transpose8, MR>(src, stride, width, depth, dst) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32) {
-    // SAFETY: the caller's.
-    unsafe { pack::transpose::<Transpose16, NR>(src, stride, width, depth, dst) }
 }
 
 /// # Safety
@@ -157,6 +145,7 @@ unsafe fn rows<const V: usize>(rows: usize, tile: &Tile) {
 
 impl Isa for Avx512 {
     const MR: usize = MR;
+    const A_WIDTH: usize = A_WIDTH;
     const NR: usize = NR;
     const LANES: usize = LANES;
 
@@ -171,25 +160,5 @@ impl Isa for Avx512 {
         }
     }
 
-    unsafe fn transpose_a(
-        src: *const f32,
-        stride: usize,
-        width: usize,
-        depth: usize,
-        dst: *mut f32,
-    ) {
-        // SAFETY: the caller's.
-        unsafe { transpose_a(src, stride, width, depth, dst) }
-    }
-
-    unsafe fn transpose_b(
-        src: *const f32,
-        stride: usize,
-        width: usize,
-        depth: usize,
-        dst: *mut f32,
-    ) {
-        // SAFETY: the caller's.
-        unsafe { transpose_b(src, stride, width, depth, dst) }
-    }
+    packing!(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")] a: Transpose16, A_WIDTH; b: Transpose16, NR);
 }

@@ -2,14 +2,11 @@
 #![allow(unsafe_code)]
 
 use super::isa::{Isa, Operand, Output, Tile};
-use super::pack::{PackJob, Part, Role};
+use super::pack::{PackJob, Part, Role, panel_floats};
 use super::plan::Plan;
 use super::{ALONE_BELOW, Size};
 use crate::Pool;
-use crate::arena::ALIGNMENT;
-
-/// Floats per cache line: areas start at multiples of it.
-const LINE: usize = ALIGNMENT / size_of::<f32>();
+use crate::arena::LINE;
 
 /// A pointer into memory that several threads write at disjoint places.
 #[derive(Clone, Copy)]
@@ -217,8 +214,10 @@ impl Work<'_> {
                     };
                     let tile = Tile {
                         depth: to - from,
-                        a: packed_a.at(row * depth + from * I::MR),
-                        b: packed_b.at(col * depth + from * I::NR),
+                        a: packed_a.at(row / I::A_WIDTH * panel_floats(I::A_WIDTH, depth)
+                            + from * I::A_WIDTH
+                            + row % I::A_WIDTH),
+                        b: packed_b.at(col / I::NR * panel_floats(I::NR, depth) + from * I::NR),
                         cols: I::NR.min(cols.end - col),
                         partial: if starts { std::ptr::null() } else { partial },
                         partial_stride,

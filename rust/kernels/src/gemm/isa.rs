@@ -93,7 +93,7 @@ impl<'a> Output<'a> {
 /// `accumulate` is set, and the result goes to `out`.
 pub(super) struct Tile {
     pub depth: usize,
-    /// Packed panel of A: `depth` x `MR`.
+    /// The tile's rows in a packed panel of A: `depth` steps of `A_WIDTH`.
     pub a: *const f32,
     /// Packed panel of B: `depth` x `NR`.
     pub b: *const f32,
@@ -111,8 +111,10 @@ pub(super) struct Tile {
 
 /// One instruction set's micro-kernel and packing.
 pub(super) trait Isa {
-    /// Rows of a micro-tile, width of a panel of A.
+    /// Rows of a micro-tile.
     const MR: usize;
+    /// Width of a panel of A: several micro-tiles, so that packing writes whole vectors.
+    const A_WIDTH: usize;
     /// Columns of a micro-tile, width of a panel of B.
     const NR: usize;
     /// Columns of one vector: a micro-tile of fewer columns costs whole vectors.
@@ -125,17 +127,19 @@ pub(super) trait Isa {
     /// the rows and columns of the tile, and nobody else uses that part of `out`.
     unsafe fn tile(rows: usize, tile: &Tile);
 
-    /// Packs a panel of A from an operand along depth: `dst[k * MR + i] = src[i * stride + k]` for `i < width` and
-    /// `k < depth`. What lies between `width` and `MR` is left as it is.
+    /// Packs a panel of A from an operand along depth: `dst[k * A_WIDTH + i] = src[i * stride + k]` for
+    /// `i < width` and `k < depth`. What lies between `width` and `A_WIDTH` is left as it is. Where `ahead` is not 0, the elements that many
+    /// places after those read are fetched into the cache; they need not exist.
     ///
     /// # Safety
-    /// The CPU has the instructions; `src` is readable at these places and `dst` writable for `depth * MR` floats.
+    /// The CPU has the instructions; `src` is readable at these places and `dst` writable for `depth * A_WIDTH` floats.
     unsafe fn transpose_a(
         src: *const f32,
         stride: usize,
         width: usize,
         depth: usize,
         dst: *mut f32,
+        ahead: usize,
     );
 
     /// As [`Isa::transpose_a`] for a panel of B, `NR` wide.
@@ -148,5 +152,76 @@ pub(super) trait Isa {
         width: usize,
         depth: usize,
         dst: *mut f32,
+        ahead: usize,
+    );
+
+    /// Packs panels of A from an operand along width:
+    /// `dst[p * panel + k * A_WIDTH + l] = src[k * stride + p * A_WIDTH + l]` for `p * A_WIDTH + l < width`, `k < depth`.
+    ///
+    /// # Safety
+    /// The CPU has the instructions; `src` is readable and `dst` writable at these places.
+    unsafe fn copy_a(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+        panel: usize,
+    );
+
+    /// As [`Isa::copy_a`] for panels of B, `NR` wide.
+    ///
+    /// # Safety
+    /// As for [`Isa::copy_a`].
+    unsafe fn copy_b(
+        src: *const f32,
+        stride: usize,
+        width: usize,
+        depth: usize,
+        dst: *mut f32,
+        panel: usize,
     );
 }
+
+/// Implements the packing of [`Isa`] with transpositions and panel widths, under the attributes given.
+macro_rules! packing {
+    ($(#[$attribute:meta])* a: $transpose_a:ty, $mr:expr; b: $transpose_b:ty, $nr:expr) => {
+        unsafe fn transpose_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32, ahead: usize) {
+            $(#[$attribute])*
+            unsafe fn run(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32, ahead: usize) {
+                // SAFETY: the caller's.
+                unsafe { $crate::gemm::pack::transpose::<$transpose_a, $mr>(src, stride, width, depth, dst, ahead) }
+            }
+            // SAFETY: the caller's.
+            unsafe { run(src, stride, width, depth, dst, ahead) }
+        }
+        unsafe fn transpose_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32, ahead: usize) {
+            $(#[$attribute])*
+            unsafe fn run(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32, ahead: usize) {
+                // SAFETY: the caller's.
+                unsafe { $crate::gemm::pack::transpose::<$transpose_b, $nr>(src, stride, width, depth, dst, ahead) }
+            }
+            // SAFETY: the caller's.
+            unsafe { run(src, stride, width, depth, dst, ahead) }
+        }
+        unsafe fn copy_a(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32, panel: usize) {
+            $(#[$attribute])*
+            unsafe fn run(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32, panel: usize) {
+                // SAFETY: the caller's.
+                unsafe { $crate::gemm::pack::copy::<$mr>(src, stride, width, depth, dst, panel) }
+            }
+            // SAFETY: the caller's.
+            unsafe { run(src, stride, width, depth, dst, panel) }
+        }
+        unsafe fn copy_b(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32, panel: usize) {
+            $(#[$attribute])*
+            unsafe fn run(src: *const f32, stride: usize, width: usize, depth: usize, dst: *mut f32, panel: usize) {
+                // SAFETY: the caller's.
+                unsafe { $crate::gemm::pack::copy::<$nr>(src, stride, width, depth, dst, panel) }
+            }
+            // SAFETY: the caller's.
+            unsafe { run(src, stride, width, depth, dst, panel) }
+        }
+    };
+}
+pub(super) use packing;

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use super::isa::{Along, Isa, Operand};
+use crate::arena::LINE;
 
 /// Transposition of a square block in registers.
 pub(super) trait Transpose {
@@ -15,9 +16,15 @@ pub(super) trait Transpose {
     /// # Safety
     /// The CPU has the instructions, and all these places are valid.
     unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize);
+
+    /// Asks for the cache line at an address, which need not be valid.
+    ///
+    /// # Safety
+    /// The CPU has the instruction.
+    unsafe fn prefetch(at: *const f32);
 }
 
-/// Packs `width` (at most `W`) rows of `depth` floats into one panel of `W` lanes.
+/// Packs `width` (at most `W`) rows of `depth` floats into one panel of `W` lanes. See [`Isa::transpose_a`].
 ///
 /// # Safety
 /// The CPU has the instructions of `T`; `src` is valid for the rows, `dst` for `depth * W` floats.
@@ -28,6 +35,7 @@ pub(super) unsafe fn transpose<T: Transpose, const W: usize>(
     width: usize,
     depth: usize,
     dst: *mut f32,
+    ahead: usize,
 ) {
     let whole = depth / T::SIDE * T::SIDE;
     for first in (0..width).step_by(T::SIDE) {
@@ -38,6 +46,11 @@ pub(super) unsafe fn transpose<T: Transpose, const W: usize>(
             let src = src.add(first * stride);
             let dst = dst.add(first);
             for k in (0..start).step_by(T::SIDE) {
+                if ahead > 0 {
+                    for i in 0..T::SIDE {
+                        T::prefetch(src.wrapping_add(i * stride + k + ahead));
+                    }
+                }
                 T::block(src.add(k), stride, dst.add(k * W), W);
             }
             for i in 0..rows {
@@ -47,6 +60,46 @@ pub(super) unsafe fn transpose<T: Transpose, const W: usize>(
             }
         }
     }
+}
+
+/// Copies rows of `width` floats into panels of `W` lanes. See [`Isa::copy_a`].
+///
+/// # Safety
+/// `src` is valid for `depth` rows, `dst` for the panels.
+#[inline(always)]
+pub(super) unsafe fn copy<const W: usize>(
+    src: *const f32,
+    stride: usize,
+    width: usize,
+    depth: usize,
+    dst: *mut f32,
+    panel: usize,
+) {
+    // Few panels at a time: their current lines stay in L1 and their pages in the first TLB.
+    let group = GROUP / W * W;
+    for first in (0..width).step_by(group) {
+        let cols = group.min(width - first);
+        let whole = cols / W;
+        for k in 0..depth {
+            // SAFETY: the caller's: row k has `width` floats, each panel `W` for it.
+            unsafe {
+                let src = src.add(k * stride + first);
+                let dst = dst.add(first / W * panel + k * W);
+                for p in 0..whole {
+                    let row = src.add(p * W).cast::<[f32; W]>().read();
+                    dst.add(p * panel).cast::<[f32; W]>().write(row);
+                }
+                let rest = src.add(whole * W);
+                std::ptr::copy_nonoverlapping(rest, dst.add(whole * panel), cols - whole * W);
+            }
+        }
+    }
+}
+
+/// Floats from one panel to the next. An odd number of cache lines, so that the places for one k in different panels
+/// spread over all sets of the cache.
+pub(super) fn panel_floats(lanes: usize, depth: usize) -> usize {
+    ((lanes * depth).div_ceil(LINE) | 1) * LINE
 }
 
 /// Which panels an operand is packed into.
@@ -59,7 +112,7 @@ pub(super) enum Role {
 impl Role {
     pub fn panel_width<I: Isa>(self) -> usize {
         match self {
-            Self::A => I::MR,
+            Self::A => I::A_WIDTH,
             Self::B => I::NR,
         }
     }
@@ -74,6 +127,8 @@ pub(super) struct Part {
     pub depth: usize,
 }
 
+/// Columns of panels that are written side by side.
+const GROUP: usize = 512;
 /// Elements that one item of packing work moves, roughly.
 const ITEM_ELEMENTS: usize = 1 << 15;
 
@@ -128,57 +183,38 @@ impl<'a> PackJob<'a> {
             depth,
         } = self.part;
         let lanes = self.role.panel_width::<I>();
+        let panel = panel_floats(lanes, depth);
         match self.source.along {
             Along::Depth => {
                 let panels = width.div_ceil(lanes);
-                for panel in item * self.step..panels.min((item + 1) * self.step) {
-                    let first = panel * lanes;
+                for index in item * self.step..panels.min((item + 1) * self.step) {
+                    let first = index * lanes;
                     let source = self.source.at(start + first, k);
                     let rows = lanes.min(width - first);
                     // SAFETY: the panel's rows lie within the part, its place within `dst`.
                     unsafe {
-                        let dst = dst.add(first * depth);
+                        let dst = dst.add(index * panel);
                         match self.role {
-                            Role::A => I::transpose_a(source, self.source.stride, rows, depth, dst),
-                            Role::B => I::transpose_b(source, self.source.stride, rows, depth, dst),
+                            Role::A => {
+                                I::transpose_a(source, self.source.stride, rows, depth, dst, 0);
+                            }
+                            Role::B => {
+                                I::transpose_b(source, self.source.stride, rows, depth, dst, 0);
+                            }
                         }
                     }
                 }
             }
             Along::Width => {
-                for step in item * self.step..depth.min((item + 1) * self.step) {
-                    let source = self.source.at(start, k + step);
-                    for first in (0..width).step_by(lanes) {
-                        // SAFETY: columns first..min(first + lanes, width) of this row lie within the part, the
-                        // destination within its panel.
-                        unsafe {
-                            let dst = dst.add(first * depth + step * lanes);
-                            if width - first >= lanes {
-                                // A constant length, so that it compiles to plain vector moves.
-                                match self.role {
-                                    Role::A => {
-                                        std::ptr::copy_nonoverlapping(
-                                            source.add(first),
-                                            dst,
-                                            I::MR,
-                                        );
-                                    }
-                                    Role::B => {
-                                        std::ptr::copy_nonoverlapping(
-                                            source.add(first),
-                                            dst,
-                                            I::NR,
-                                        );
-                                    }
-                                }
-                            } else {
-                                std::ptr::copy_nonoverlapping(
-                                    source.add(first),
-                                    dst,
-                                    width - first,
-                                );
-                            }
-                        }
+                let first = item * self.step;
+                let steps = self.step.min(depth - first);
+                let source = self.source.at(start, k + first);
+                // SAFETY: these rows lie within the part, their places within the panels.
+                unsafe {
+                    let dst = dst.add(first * lanes);
+                    match self.role {
+                        Role::A => I::copy_a(source, self.source.stride, width, steps, dst, panel),
+                        Role::B => I::copy_b(source, self.source.stride, width, steps, dst, panel),
                     }
                 }
             }

@@ -6,10 +6,12 @@
 
 use super::Size;
 use super::isa::{Along, Isa, Operand};
-use super::pack::{Part, Role};
+use super::pack::{Part, Role, panel_floats};
 
 /// Floats of a packed resident operand: a share of a large L3 cache, and a bound on memory.
 const RESIDENT_FLOATS: usize = 4 << 20;
+/// Floats of a packed depth block of both operands where both are cut along depth.
+const BLOCK_FLOATS: usize = 1 << 20;
 /// Floats of one packed band of the streamed operand (there are two).
 const BAND_FLOATS: usize = 2 << 20;
 /// Least and largest depth block. A short block reloads partial chains often; a long one makes bands narrow.
@@ -17,7 +19,7 @@ const DEPTH: (usize, usize) = (512, 8192);
 /// Largest tile of work: its panels over one `CHUNK` of depth fit in an L2 cache of 1 MiB.
 const TILE: (usize, usize) = (96, 192);
 /// Depth that a tile works through before it goes on to the next, so that its panels stay in L2.
-const CHUNK: usize = 512;
+const CHUNK: usize = 768;
 /// Tiles of a band below which smaller ones are taken, to share the work out evenly.
 const TILES: usize = 48;
 
@@ -45,9 +47,8 @@ pub(super) struct Plan {
     pub chunk: usize,
     /// Rows and columns of a tile.
     pub tile: (usize, usize),
-    /// Panel widths.
-    mr: usize,
-    nr: usize,
+    /// Widths of the panels of A and B.
+    panels: (usize, usize),
 }
 
 impl Plan {
@@ -59,16 +60,12 @@ impl Plan {
             (Role::B, n, m)
         };
         // Operands along width are read row by row: better whole rows of a short depth block than strips of a long one.
-        let width_at_once = if a.along == Along::Width && b.along == Along::Width {
-            m + n
+        let limit = if a.along == Along::Width && b.along == Along::Width {
+            BLOCK_FLOATS / (m + n)
         } else {
-            narrow
+            RESIDENT_FLOATS / narrow
         };
-        let depth = even(
-            k,
-            (RESIDENT_FLOATS / width_at_once).clamp(DEPTH.0, DEPTH.1),
-            1,
-        );
+        let depth = even(k, limit.clamp(DEPTH.0, DEPTH.1), 1);
         let (mut rows, mut cols) = (
             TILE.0.next_multiple_of(I::MR),
             TILE.1.next_multiple_of(I::NR),
@@ -99,8 +96,7 @@ impl Plan {
             bands: wide.div_ceil(band),
             chunk: even(depth, CHUNK, 1),
             tile: (rows, cols),
-            mr: I::MR,
-            nr: I::NR,
+            panels: (I::A_WIDTH, I::NR),
         }
     }
 
@@ -139,8 +135,10 @@ impl Plan {
 
     /// Floats of the packed resident operand (one depth block) and of one packed band.
     pub fn packed_floats(&self) -> (usize, usize) {
-        let a = |width: usize| width.next_multiple_of(self.mr) * self.depth;
-        let b = |width: usize| width.next_multiple_of(self.nr) * self.depth;
+        let a =
+            |width: usize| width.div_ceil(self.panels.0) * panel_floats(self.panels.0, self.depth);
+        let b =
+            |width: usize| width.div_ceil(self.panels.1) * panel_floats(self.panels.1, self.depth);
         match self.resident {
             Role::A => (a(self.size.m), b(self.band)),
             Role::B => (b(self.size.n), a(self.band)),

@@ -1,11 +1,12 @@
 //! The portable micro-kernel: arrays that the compiler vectorises for the target's baseline.
 #![allow(unsafe_code)]
 
-use super::isa::{Isa, Tile};
-use super::pack::{self, Transpose};
+use super::isa::{Isa, Tile, packing};
+use super::pack::Transpose;
 use crate::simd::multiply_add;
 
 const MR: usize = 4;
+const A_WIDTH: usize = MR;
 const NR: usize = 8;
 
 /// 4 x 8 chains: eight registers of 128 bits.
@@ -15,6 +16,9 @@ struct Transpose4;
 
 impl Transpose for Transpose4 {
     const SIDE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn prefetch(_at: *const f32) {}
 
     #[inline(always)]
     unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
@@ -44,7 +48,7 @@ unsafe fn kernel<const R: usize>(tile: &Tile) {
             }
         }
         for k in 0..tile.depth {
-            let a = tile.a.add(k * MR);
+            let a = tile.a.add(k * A_WIDTH);
             let b = tile.b.add(k * NR).cast::<[f32; NR]>().read();
             for (r, acc) in acc.iter_mut().enumerate() {
                 let a = *a.add(r);
@@ -73,6 +77,7 @@ unsafe fn kernel<const R: usize>(tile: &Tile) {
 
 impl Isa for Portable {
     const MR: usize = MR;
+    const A_WIDTH: usize = A_WIDTH;
     const NR: usize = NR;
     const LANES: usize = NR;
 
@@ -88,25 +93,5 @@ impl Isa for Portable {
         }
     }
 
-    unsafe fn transpose_a(
-        src: *const f32,
-        stride: usize,
-        width: usize,
-        depth: usize,
-        dst: *mut f32,
-    ) {
-        // SAFETY: the caller's.
-        unsafe { pack::transpose::<Transpose4, MR>(src, stride, width, depth, dst) }
-    }
-
-    unsafe fn transpose_b(
-        src: *const f32,
-        stride: usize,
-        width: usize,
-        depth: usize,
-        dst: *mut f32,
-    ) {
-        // SAFETY: the caller's.
-        unsafe { pack::transpose::<Transpose4, NR>(src, stride, width, depth, dst) }
-    }
+    packing!(a: Transpose4, A_WIDTH; b: Transpose4, NR);
 }

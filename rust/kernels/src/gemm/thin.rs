@@ -21,12 +21,12 @@ pub(super) fn fits(size: Size, a: Operand, b: Operand) -> bool {
 /// C = A B^T, both operands along depth.
 pub(super) fn multiply<I: Isa>(pool: &Pool, size: Size, a: Operand, b: Operand, c: Output) {
     let Size { m, n, k } = size;
-    let mut packed_a = pool.arenas().lease(m.next_multiple_of(I::MR) * k);
-    for row in (0..m).step_by(I::MR) {
+    let mut packed_a = pool.arenas().lease(m.next_multiple_of(I::A_WIDTH) * k);
+    for row in (0..m).step_by(I::A_WIDTH) {
         let dst = packed_a[row * k..].as_mut_ptr();
-        // SAFETY: rows row..min(row + MR, m) of A; the panel has room for MR rows of depth k. The CPU has the
+        // SAFETY: rows from `row` on lie within A; the panel has room for A_WIDTH rows of depth k. The CPU has the
         // instructions, as the caller holds kernels of this level.
-        unsafe { I::transpose_a(a.at(row, 0), a.stride, I::MR.min(m - row), k, dst) };
+        unsafe { I::transpose_a(a.at(row, 0), a.stride, I::A_WIDTH.min(m - row), k, dst, 0) };
     }
     let packed_a: &[f32] = &packed_a;
     // Narrow strips where there are too few wide ones to share out.
@@ -54,7 +54,14 @@ pub(super) fn multiply<I: Isa>(pool: &Pool, size: Size, a: Operand, b: Operand, 
                 let (starts, ends) = (from == 0, from + depth == k);
                 // SAFETY: rows col..col + cols of B; the panel has room for the chunk.
                 unsafe {
-                    I::transpose_b(b.at(col, from), b.stride, cols, depth, panel.as_mut_ptr());
+                    I::transpose_b(
+                        b.at(col, from),
+                        b.stride,
+                        cols,
+                        depth,
+                        panel.as_mut_ptr(),
+                        0,
+                    );
                 };
                 for row in (0..m).step_by(I::MR) {
                     let out = c.pointer.wrapping_add(row * c.stride + col);
@@ -65,7 +72,11 @@ pub(super) fn multiply<I: Isa>(pool: &Pool, size: Size, a: Operand, b: Operand, 
                     };
                     let tile = Tile {
                         depth,
-                        a: packed_a.as_ptr().wrapping_add(row * k + from * I::MR),
+                        a: packed_a.as_ptr().wrapping_add(
+                            row / I::A_WIDTH * I::A_WIDTH * k
+                                + from * I::A_WIDTH
+                                + row % I::A_WIDTH,
+                        ),
                         b: panel.as_ptr(),
                         cols,
                         partial: if starts { std::ptr::null() } else { partial },
