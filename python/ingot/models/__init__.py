@@ -63,8 +63,6 @@ def Model(
     ConfigError
         A setting is unknown or not available here.
     """
-    if precision not in ("auto", "f32"):
-        raise ConfigError(f"precision is {precision!r}; there are 'auto' and 'f32'")
     if num_values < 0:
         raise ConfigError(f"num_values must be 0 or more, got {num_values}")
     if threads is not None and threads < 1:
