@@ -29,7 +29,7 @@ test-all: $(VENV)/test-extras ## also the long checks: three seeds, 1,000 kills,
 	$(BIN)/python -m mypy.stubtest ingot._native
 
 lint: $(VENV)/test-extras ## formatting, clippy, ruff, mypy
-	$(PIP) "ruff>=0.9"
+	@$(PIP) --no-build-isolation --editable ".[test,dev]"
 	cargo fmt --check
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
 	$(BIN)/ruff check .

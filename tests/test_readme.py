@@ -32,7 +32,7 @@ def commands() -> list[str]:
 
 def shortened(words: list[str]) -> list[str]:
     """The same command with a few steps instead of many."""
-    cut = [SHORTER.get(before, word) for before, word in zip([""] + words, words, strict=False)]
+    cut = [SHORTER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     if words[:2] == ["ingot", "pretrain"] and "--max-steps" not in words and "--max-time" not in words:
         cut += ["--max-steps", "4" if "--resume" not in words else "6"]
     if words[:2] == ["ingot", "demo"]:

@@ -190,7 +190,9 @@ def _law(num_parameters: int, tokens: float, corpus_tokens: int) -> float:
     repeats = max(0.0, tokens / corpus_tokens - 1.0)
     fresh = min(tokens, corpus_tokens)
     effective = fresh + fresh * _REPEATS_THAT_HELP * (1.0 - math.exp(-repeats / _REPEATS_THAT_HELP))
-    return _SIZE_CONSTANT / num_parameters**_SIZE_EXPONENT + _DATA_CONSTANT / effective**_DATA_EXPONENT
+    size_term: float = _SIZE_CONSTANT / num_parameters**_SIZE_EXPONENT
+    data_term: float = _DATA_CONSTANT / effective**_DATA_EXPONENT
+    return size_term + data_term
 
 
 def _vocabulary_for(corpus_bytes: int) -> int:
@@ -244,7 +246,7 @@ def _probe(config: ModelConfig, length: int, rows: int, threads: int | None) -> 
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, count + 1).astype(np.int32)
     offsets = np.arange(0, count + 1, length, dtype=np.int64)
     weights = np.full(count, 1.0 / count, dtype=np.float32)
-    times = []
+    times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (len(times) < 10 and time.perf_counter() - started < 1.0):
         begin = time.perf_counter()

@@ -101,7 +101,8 @@ def _parse(name: str, arguments: list[str]) -> Runnable:
     if parse is not None:
         parsed: Runnable = parse(arguments)
         return parsed
-    return parse_flags(command, arguments, prog=f"ingot {name}")
+    flags: Runnable = parse_flags(command, arguments, prog=f"ingot {name}")
+    return flags
 
 
 def parse_flags(
@@ -110,6 +111,8 @@ def parse_flags(
     """Build ``command`` from flags with tyro; wrong usage prints why, with the nearest flag, and exits with 2."""
     import tyro
 
+    if default is None:
+        return tyro.cli(command, prog=prog, args=list(arguments))
     return tyro.cli(command, prog=prog, args=list(arguments), default=default)
 
 

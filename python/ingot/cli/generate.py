@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -66,7 +67,7 @@ class Generate:
             self.model, backend=self.backend, device=self.device, threads=self.threads, level=self.level
         )
         tokenizer = ingot.Tokenizer.from_file(self.model)
-        options = {
+        options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_k": self.top_k,
