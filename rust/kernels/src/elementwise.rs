@@ -33,7 +33,7 @@ pub enum Function {
 }
 
 /// 2 sqrt(2/pi): the tanh form is x sigmoid(2u).
-pub(crate) const GELU_TWICE_SCALE: f32 = 1.595_769_1;
+pub(crate) const GELU_TWICE_SCALE: f32 = 1.595_769;
 /// Coefficient of the cube in the tanh form.
 pub(crate) const GELU_CUBE: f32 = 0.044_715;
 /// Beyond this the derivative of both GELU forms is 0 or 1 in f32; clamping keeps its factors finite.
@@ -185,7 +185,7 @@ impl Unary for GeluTanh {
     }
 }
 impl Binary for GeluTanh {
-    /// d_x = d_out (g + x g (1-g) d(2u)/dx), g = sigmoid(2u).
+    /// `d_x` = `d_out` (g + x g (1-g) d(2u)/dx), g = sigmoid(2u).
     #[inline(always)]
     fn apply<S: Simd>(self, s: S, x: S::F, d_out: S::F) -> S::F {
         let x = clamp_saturated(s, x);
@@ -213,7 +213,7 @@ impl Unary for Gelu {
     }
 }
 impl Binary for Gelu {
-    /// d_x = d_out (Phi(x) + x phi(x)).
+    /// `d_x` = `d_out` (Phi(x) + x phi(x)).
     #[inline(always)]
     fn apply<S: Simd>(self, s: S, x: S::F, d_out: S::F) -> S::F {
         let x = clamp_saturated(s, x);
@@ -377,6 +377,7 @@ fn swiglu_backward<S: Simd>(
 }
 
 /// All methods of this block panic if their slices differ in length.
+#[allow(clippy::missing_panics_doc, reason = "stated once for the block")]
 impl Kernels {
     /// y += x.
     pub fn add_assign(&self, y: &mut [f32], x: &[f32]) {

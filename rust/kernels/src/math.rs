@@ -144,7 +144,7 @@ pub(crate) fn log<S: Simd>(s: S, x: S::F) -> S::F {
         s.splat_u(127_u32.wrapping_neg()),
     ));
     let k = s.add(exponent, shift);
-    let mantissa = s.from_bits(s.add_u(
+    let mantissa = s.float_of_bits(s.add_u(
         s.and_u(moved, s.splat_u(0x007f_ffff)),
         s.splat_u(SQRT_HALF_BITS),
     ));
@@ -163,6 +163,8 @@ pub(crate) fn log<S: Simd>(s: S, x: S::F) -> S::F {
 ///
 /// Plain multiplications and additions: the same bits on every machine, which the system's library does not promise.
 pub(crate) fn log_f64(x: f64) -> f64 {
+    /// High word of sqrt(1/2): the mantissa is moved into [sqrt(1/2), sqrt(2)).
+    const SQRT_HALF: u64 = 0x3fe6_a09e_0000_0000;
     if !(f64::MIN_POSITIVE..f64::INFINITY).contains(&x) {
         return if x == 0.0 {
             f64::NEG_INFINITY
@@ -174,8 +176,6 @@ pub(crate) fn log_f64(x: f64) -> f64 {
             log_f64(x * 18_014_398_509_481_984.0) - 54.0 * std::f64::consts::LN_2
         };
     }
-    // The high word of sqrt(1/2) moves the mantissa into [sqrt(1/2), sqrt(2)).
-    const SQRT_HALF: u64 = 0x3fe6_a09e_0000_0000;
     let moved = x.to_bits() + (0x3ff0_0000_0000_0000 - SQRT_HALF);
     let k = (moved >> 52) as i64 - 1023;
     let mantissa = f64::from_bits((moved & 0x000f_ffff_ffff_ffff) + SQRT_HALF);

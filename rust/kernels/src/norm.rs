@@ -26,7 +26,7 @@ impl Reduction<1, 1> for Deviation {
     }
 }
 
-/// Sums of g and g * x_hat, with g = d_out * gain and x_hat = (x - mean) * rstd.
+/// Sums of g and g * `x_hat`, with g = `d_out` * gain and `x_hat` = (x - mean) * rstd.
 #[derive(Clone, Copy)]
 struct GradientSums {
     mean: f32,
@@ -105,7 +105,7 @@ fn normalize<S: Simd>(
     }
 }
 
-/// What the second pass of a backward row needs: d_x += rstd * (g - offset - x_hat * slope).
+/// What the second pass of a backward row needs: `d_x` += rstd * (g - offset - `x_hat` * slope).
 #[derive(Clone, Copy)]
 struct RowGradient {
     mean: f32,
@@ -114,7 +114,7 @@ struct RowGradient {
     slope: f32,
 }
 
-/// Returns the terms for d_x and d_gain.
+/// Returns the terms for `d_x` and `d_gain`.
 #[inline(always)]
 fn gradient_terms<S: Simd>(
     s: S,
@@ -212,6 +212,7 @@ fn rms_norm_backward<S: Simd>(
 }
 
 /// All methods of this block work on one row and panic if their slices differ in length.
+#[allow(clippy::missing_panics_doc, reason = "stated once for the block")]
 impl Kernels {
     /// out = (x - mean) * rstd * gain + bias, with rstd = 1 / sqrt(variance + eps) and the biased variance. Returns
     /// (mean, rstd), which the backward pass takes.

@@ -100,11 +100,12 @@ impl RandomKey {
 /// A number in [0, 1) with 24 random bits: element `index` of stream `stream` of `seed`.
 #[must_use]
 pub fn uniform(seed: u64, stream: u64, index: u64) -> f32 {
+    let block = index / 4;
     let words = philox(
         [seed as u32, (seed >> 32) as u32],
         [
-            (index / 4) as u32,
-            (index / 4 >> 32) as u32,
+            block as u32,
+            (block >> 32) as u32,
             stream as u32,
             (stream >> 32) as u32,
         ],

@@ -100,7 +100,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// `a >= b`, unsigned.
     fn not_less_u(self, a: Self::U, b: Self::U) -> Self::M;
     fn bits(self, a: Self::F) -> Self::U;
-    fn from_bits(self, a: Self::U) -> Self::F;
+    fn float_of_bits(self, a: Self::U) -> Self::F;
     /// The signed integers in `a` as f32.
     fn to_float(self, a: Self::U) -> Self::F;
 
@@ -121,14 +121,14 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// |a|.
     #[inline(always)]
     fn abs(self, a: Self::F) -> Self::F {
-        self.from_bits(self.and_u(self.bits(a), self.splat_u(0x7fff_ffff)))
+        self.float_of_bits(self.and_u(self.bits(a), self.splat_u(0x7fff_ffff)))
     }
     /// Magnitude of `a` with the sign bit of `sign`.
     #[inline(always)]
     fn copy_sign(self, a: Self::F, sign: Self::F) -> Self::F {
         let magnitude = self.and_u(self.bits(a), self.splat_u(0x7fff_ffff));
         let sign = self.and_u(self.bits(sign), self.splat_u(0x8000_0000));
-        self.from_bits(self.or_u(magnitude, sign))
+        self.float_of_bits(self.or_u(magnitude, sign))
     }
     /// +0 in every lane.
     #[inline(always)]

@@ -29,7 +29,7 @@ fn offsets(lengths: &[usize]) -> Vec<i64> {
     offsets
 }
 
-/// Packed q, k, v and d_out for some sequences.
+/// Packed q, k, v and `d_out` for some sequences.
 struct Inputs {
     shape: AttentionShape,
     offsets: Vec<i64>,
@@ -361,8 +361,8 @@ fn threads_and_neighbours_change_nothing() {
             assert!(base == other, "{threads} threads at {}", kernels.level());
         }
         let (width, kv_width) = inputs.widths();
-        for s in 0..3 {
-            let id = [IDS[s]];
+        for (s, id) in IDS.iter().enumerate().take(3) {
+            let id = [*id];
             let alone = AttentionDropout {
                 sequence_ids: &id,
                 ..drops

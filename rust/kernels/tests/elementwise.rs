@@ -1,5 +1,7 @@
 //! Elementary functions and activations: units in the last place against f64, bits against the scalar twin.
 
+#![allow(clippy::float_cmp, reason = "exact results are meant")]
+
 mod common;
 
 use common::{
@@ -8,6 +10,9 @@ use common::{
 use ingot_kernels::scalar::{elementwise as twin, math};
 use ingot_kernels::{Activation, Function, Level};
 use proptest::prelude::*;
+
+/// A scalar twin.
+type Scalar = fn(Level, f32) -> f32;
 
 /// f32 values that cover every exponent of both signs, and the special ones.
 fn sweep() -> Vec<f32> {
@@ -276,7 +281,7 @@ proptest! {
         let x: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
         let mut out = vec![0.0; x.len()];
         for kernels in all_kernels() {
-            let functions: [(Function, fn(Level, f32) -> f32); 4] = [
+            let functions: [(Function, Scalar); 4] = [
                 (Function::Exp, math::exp), (Function::Log, math::log), (Function::Tanh, math::tanh), (Function::Erf, math::erf),
             ];
             for (function, scalar) in functions {

@@ -1,5 +1,7 @@
 //! The output head's rows against f64, finite differences and the scalar twin.
 
+#![allow(clippy::float_cmp, reason = "exact results are meant")]
+
 mod common;
 
 use common::{all_kernels, assert_close, assert_same_bits, normal, numerical_gradient, widen};

@@ -1,5 +1,7 @@
 //! Normalisations and rotary embedding against f64, finite differences and the scalar twins.
 
+#![allow(clippy::float_cmp, reason = "exact results are meant")]
+
 mod common;
 
 use common::{

@@ -1,4 +1,4 @@
-//! AdamW and the norm against f64 references and the scalar twins.
+//! `AdamW` and the norm against f64 references and the scalar twins.
 
 mod common;
 

@@ -1,10 +1,9 @@
-//! The backward pass over packed sequences (Dao et al. 2022, "FlashAttention", algorithm 4): weights are recomputed from
+//! The backward pass over packed sequences (Dao et al. 2022, "`FlashAttention`", algorithm 4): weights are recomputed from
 //! the kept log-sum-exp.
 
-use super::forward::take;
 use super::product::{Extent, Start, Strided};
 use super::softmax::{BackwardRows, BlockDropout};
-use super::{AttentionDropout, AttentionShape, HeadDropout, TILE, sequences};
+use super::{AttentionDropout, AttentionShape, HeadDropout, Scratch, TILE, sequences};
 use crate::simd::LANES;
 use crate::{Kernels, Mat, MatMut, Pool};
 
@@ -31,19 +30,19 @@ struct Inputs<'a> {
 }
 
 /// Scratch of one item. Sizes in floats; T is the sequence's length, P the padded head dimension.
-struct Scratch<'a> {
+struct Workspace<'a> {
     /// [T][P] of one query head: queries, gradients of outputs, gradients of queries.
     q: &'a mut [f32],
     d_out: &'a mut [f32],
     d_q: &'a mut [f32],
-    /// [T]: sum of d_out * out.
+    /// [T]: sum of `d_out` * out.
     correlation: &'a mut [f32],
     /// [64][P]: the tile's keys.
     k: &'a mut [f32],
     /// [64][P]: gradients of the tile's keys and values.
     d_k: &'a mut [f32],
     d_v: &'a mut [f32],
-    /// [head_dim][64]: keys and values transposed.
+    /// [`head_dim`][64]: keys and values transposed.
     k_transposed: &'a mut [f32],
     v_transposed: &'a mut [f32],
     /// [64][64]: scores, then weights; gradients of weights, then of scores.
@@ -51,7 +50,7 @@ struct Scratch<'a> {
     d_scores: &'a mut [f32],
 }
 
-impl<'a> Scratch<'a> {
+impl<'a> Workspace<'a> {
     fn floats(shape: &AttentionShape, length: usize) -> usize {
         let padded = shape.padded_dim();
         3 * length * padded
@@ -61,9 +60,10 @@ impl<'a> Scratch<'a> {
             + 2 * TILE * TILE
     }
 
-    fn new(shape: &AttentionShape, length: usize, mut rest: &'a mut [f32]) -> Self {
+    fn new(shape: &AttentionShape, length: usize, scratch: &'a mut [f32]) -> Self {
         let padded = shape.padded_dim();
-        let mut piece = |floats| take(&mut rest, floats);
+        let mut scratch = Scratch(scratch);
+        let mut piece = |floats| scratch.take(floats);
         Self {
             q: piece(length * padded),
             d_out: piece(length * padded),
@@ -169,7 +169,7 @@ impl Kernels {
             d_out,
             dropout,
         };
-        pool.for_each_with_scratch(items, Scratch::floats(shape, longest), |item, scratch| {
+        pool.for_each_with_scratch(items, Workspace::floats(shape, longest), |item, scratch| {
             backward_item(*self, shape, inputs, item, scratch);
         });
     }
@@ -186,9 +186,12 @@ fn backward_item(
     let (start, length) = (item.start, item.d_k.num_rows());
     let n = inputs.q.num_rows();
     let kv_columns = item.kv_head * dim..(item.kv_head + 1) * dim;
-    let (k, v) = (inputs.k.rows(start..start + length), inputs.v.rows(start..start + length));
+    let (k, v) = (
+        inputs.k.rows(start..start + length),
+        inputs.v.rows(start..start + length),
+    );
     let (k, v) = (k.cols(kv_columns.clone()), v.cols(kv_columns));
-    let mut scratch = Scratch::new(shape, length, scratch);
+    let mut work = Workspace::new(shape, length, scratch);
     for member in 0..group {
         let head = item.kv_head * group + member;
         let columns = head * dim..(head + 1) * dim;
@@ -200,25 +203,36 @@ fn backward_item(
             .map(|dropout| dropout.row_words(0..length))
             .unwrap_or_default();
 
-        kernels.pack_rows(inputs.q.rows(start..start + length).cols(columns.clone()), padded, scratch.q);
-        kernels.pack_rows(inputs.d_out.rows(start..start + length).cols(columns.clone()), padded, scratch.d_out);
+        kernels.pack_rows(
+            inputs.q.rows(start..start + length).cols(columns.clone()),
+            padded,
+            work.q,
+        );
+        kernels.pack_rows(
+            inputs
+                .d_out
+                .rows(start..start + length)
+                .cols(columns.clone()),
+            padded,
+            work.d_out,
+        );
         let out = inputs.out.rows(start..start + length).cols(columns);
-        kernels.row_products(out, scratch.d_out, padded, scratch.correlation);
-        scratch.d_q.fill(0.0);
+        kernels.row_products(out, work.d_out, padded, work.correlation);
+        work.d_q.fill(0.0);
 
         for first_key in (0..length).step_by(TILE) {
             let keys = TILE.min(length - first_key);
             let tile = first_key..first_key + keys;
             let key_rows = k.rows(tile.clone());
-            kernels.pack_rows(key_rows, padded, scratch.k);
-            kernels.pack_transposed(key_rows, scratch.k_transposed);
-            kernels.pack_transposed(v.rows(tile.clone()), scratch.v_transposed);
+            kernels.pack_rows(key_rows, padded, work.k);
+            kernels.pack_transposed(key_rows, work.k_transposed);
+            kernels.pack_transposed(v.rows(tile.clone()), work.v_transposed);
             if member == 0 {
-                scratch.d_k.fill(0.0);
-                scratch.d_v.fill(0.0);
+                work.d_k.fill(0.0);
+                work.d_v.fill(0.0);
             } else {
-                kernels.pack_rows(item.d_k.as_ref().rows(tile.clone()), padded, scratch.d_k);
-                kernels.pack_rows(item.d_v.as_ref().rows(tile.clone()), padded, scratch.d_v);
+                kernels.pack_rows(item.d_k.as_ref().rows(tile.clone()), padded, work.d_k);
+                kernels.pack_rows(item.d_v.as_ref().rows(tile.clone()), padded, work.d_v);
             }
             for first in (first_key..length).step_by(TILE) {
                 let pair = Pair {
@@ -228,13 +242,13 @@ fn backward_item(
                     keys,
                 };
                 let dropout = head_dropout.as_ref().map(|dropout| (dropout, &words[..]));
-                backward_pair(kernels, shape, &mut scratch, lse, pair, dropout);
+                backward_pair(kernels, shape, &mut work, lse, pair, dropout);
             }
-            kernels.unpack_rows(scratch.d_k, padded, item.d_k.reborrow().rows(tile.clone()));
-            kernels.unpack_rows(scratch.d_v, padded, item.d_v.reborrow().rows(tile));
+            kernels.unpack_rows(work.d_k, padded, item.d_k.reborrow().rows(tile.clone()));
+            kernels.unpack_rows(work.d_v, padded, item.d_v.reborrow().rows(tile));
         }
         let columns = member * dim..(member + 1) * dim;
-        kernels.unpack_rows(scratch.d_q, padded, item.d_q.reborrow().cols(columns));
+        kernels.unpack_rows(work.d_q, padded, item.d_q.reborrow().cols(columns));
     }
 }
 
@@ -253,7 +267,7 @@ const DIAGONAL: usize = LANES;
 fn backward_pair(
     kernels: Kernels,
     shape: &AttentionShape,
-    scratch: &mut Scratch,
+    work: &mut Workspace,
     lse: &[f32],
     pair: Pair,
     dropout: Option<(&HeadDropout, &[[u32; 2]])>,
@@ -268,7 +282,7 @@ fn backward_pair(
     let diagonal = first == first_key;
     let step = if diagonal { DIAGONAL } else { TILE };
     let row_major = |data, first: usize| Strided {
-        data: &<[f32]>::split_at(data, first * padded).1[..],
+        data: <[f32]>::split_at(data, first * padded).1,
         row_stride: padded,
         step_stride: 1,
     };
@@ -289,24 +303,24 @@ fn backward_pair(
             width: seen.next_multiple_of(LANES),
         };
         let (scores, d_scores) = (
-            &mut scratch.scores[chunk * TILE..],
-            &mut scratch.d_scores[chunk * TILE..],
+            &mut work.scores[chunk * TILE..],
+            &mut work.d_scores[chunk * TILE..],
         );
-        let queries = row_major(scratch.q, first + chunk);
+        let queries = row_major(work.q, first + chunk);
         kernels.product(
             extent,
             queries,
-            scratch.k_transposed,
+            work.k_transposed,
             TILE,
             Start::Zero,
             scores,
             TILE,
         );
-        let d_out = row_major(scratch.d_out, first + chunk);
+        let d_out = row_major(work.d_out, first + chunk);
         kernels.product(
             extent,
             d_out,
-            scratch.v_transposed,
+            work.v_transposed,
             TILE,
             Start::Zero,
             d_scores,
@@ -315,7 +329,7 @@ fn backward_pair(
         let absolute = first + chunk..first + chunk + chunk_rows;
         let row_constants = BackwardRows {
             lse: &lse[absolute.clone()],
-            correlation: &scratch.correlation[absolute.clone()],
+            correlation: &work.correlation[absolute.clone()],
             limits,
         };
         let block_dropout = dropout.map(|(head, words)| BlockDropout {
@@ -330,21 +344,13 @@ fn backward_pair(
             steps: seen,
             width: padded,
         };
-        let d_q = &mut scratch.d_q[(first + chunk) * padded..];
+        let d_q = &mut work.d_q[(first + chunk) * padded..];
         let d_rows = Strided {
             data: d_scores,
             row_stride: TILE,
             step_stride: 1,
         };
-        kernels.product(
-            extent,
-            d_rows,
-            scratch.k,
-            padded,
-            Start::Continue,
-            d_q,
-            padded,
-        );
+        kernels.product(extent, d_rows, work.k, padded, Start::Continue, d_q, padded);
     }
     // d_v[j] += sum over rows of weight[r][j] d_out[r], d_k[j] likewise from d_score and q. On the diagonal the rows
     // above a key's own do not see it.
@@ -358,33 +364,33 @@ fn backward_pair(
         };
         let column = skipped * TILE + key;
         let weights = Strided {
-            data: &scratch.scores[column..],
+            data: &work.scores[column..],
             row_stride: 1,
             step_stride: TILE,
         };
-        let d_out = &scratch.d_out[(first + skipped) * padded..];
+        let d_out = &work.d_out[(first + skipped) * padded..];
         kernels.product(
             extent,
             weights,
             d_out,
             padded,
             Start::Continue,
-            &mut scratch.d_v[key * padded..],
+            &mut work.d_v[key * padded..],
             padded,
         );
         let d_rows = Strided {
-            data: &scratch.d_scores[column..],
+            data: &work.d_scores[column..],
             row_stride: 1,
             step_stride: TILE,
         };
-        let q = &scratch.q[(first + skipped) * padded..];
+        let q = &work.q[(first + skipped) * padded..];
         kernels.product(
             extent,
             d_rows,
             q,
             padded,
             Start::Continue,
-            &mut scratch.d_k[key * padded..],
+            &mut work.d_k[key * padded..],
             padded,
         );
     }

@@ -3,7 +3,7 @@
 
 use super::product::{Extent, Start, Strided};
 use super::softmax::{BlockDropout, MAX_ROWS, OnlineState};
-use super::{AttentionDropout, AttentionShape, HeadDropout, TILE, sequences};
+use super::{AttentionDropout, AttentionShape, HeadDropout, Scratch, TILE, sequences};
 use crate::simd::LANES;
 use crate::{Kernels, Mat, MatMut, Pool};
 
@@ -15,17 +15,10 @@ const FULL_ROWS: usize = 24;
 const DIAGONAL_ROWS: usize = 6;
 const _: () = assert!(FULL_ROWS <= MAX_ROWS && DIAGONAL_ROWS <= MAX_ROWS);
 
-/// Takes `length` floats off the front of `rest`.
-pub(super) fn take<'a>(rest: &mut &'a mut [f32], length: usize) -> &'a mut [f32] {
-    let (piece, tail) = std::mem::take(rest).split_at_mut(length);
-    *rest = tail;
-    piece
-}
-
 /// One tile of keys as the products want it.
 #[derive(Clone, Copy)]
 pub(super) struct Tile<'a> {
-    /// [head_dim][64]: keys transposed.
+    /// [`head_dim`][64]: keys transposed.
     pub(super) keys: &'a [f32],
     /// [64][padded]: values by row.
     pub(super) values: &'a [f32],
@@ -43,7 +36,7 @@ pub(super) struct Block<'a> {
     largest: &'a mut [f32],
     /// [rows]: sum of exponentials.
     sum: &'a mut [f32],
-    /// [FULL_ROWS][64].
+    /// [`FULL_ROWS`][64].
     scores: &'a mut [f32],
     padded: usize,
 }
@@ -55,14 +48,14 @@ impl<'a> Block<'a> {
     }
 
     /// Carves a block out of scratch; the query rows are packed by [`Block::set_queries`].
-    pub(super) fn new(shape: &AttentionShape, rows: usize, scratch: &mut &'a mut [f32]) -> Self {
+    pub(super) fn new(shape: &AttentionShape, rows: usize, scratch: &mut Scratch<'a>) -> Self {
         let padded = shape.padded_dim();
         let block = Self {
-            queries: take(scratch, rows * padded),
-            weighted: take(scratch, rows * padded),
-            largest: &mut take(scratch, rows.next_multiple_of(LANES))[..rows],
-            sum: &mut take(scratch, rows.next_multiple_of(LANES))[..rows],
-            scores: take(scratch, FULL_ROWS * TILE),
+            queries: scratch.take(rows * padded),
+            weighted: scratch.take(rows * padded),
+            largest: &mut scratch.take(rows.next_multiple_of(LANES))[..rows],
+            sum: &mut scratch.take(rows.next_multiple_of(LANES))[..rows],
+            scores: scratch.take(FULL_ROWS * TILE),
             padded,
         };
         block.weighted.fill(0.0);
@@ -73,7 +66,11 @@ impl<'a> Block<'a> {
 
     /// Packs query rows of one head from row `first` of the block on.
     pub(super) fn set_queries(&mut self, kernels: Kernels, first: usize, queries: Mat) {
-        kernels.pack_rows(queries, self.padded, &mut self.queries[first * self.padded..]);
+        kernels.pack_rows(
+            queries,
+            self.padded,
+            &mut self.queries[first * self.padded..],
+        );
     }
 
     /// Folds one tile in. Row r sees the keys at positions below `lengths[r]`.
@@ -176,11 +173,11 @@ struct Item<'a> {
 }
 
 impl Kernels {
-    /// Causal attention of packed sequences: out[t] = sum over j <= t of softmax_j(scale q_t . k_j) v_j within each
+    /// Causal attention of packed sequences: out[t] = sum over j <= t of `softmax_j(scale` `q_t` . `k_j`) `v_j` within each
     /// sequence and head.
     ///
-    /// `offsets` i64[S+1]: token offsets of the sequences, from 0 to N. `q` and `out` are [N, heads * head_dim], `k` and
-    /// `v` [N, kv_heads * head_dim]. `lse` [heads][N] gets the log-sum-exp of the scaled scores, which the backward pass
+    /// `offsets` i64[S+1]: token offsets of the sequences, from 0 to N. `q` and `out` are [N, heads * `head_dim`], `k` and
+    /// `v` [N, `kv_heads` * `head_dim`]. `lse` [heads][N] gets the log-sum-exp of the scaled scores, which the backward pass
     /// takes. Work items are (block of 256 query rows, head).
     ///
     /// The scores must not all be -inf in a row (which finite q and k cannot give, short of overflow); NaN propagates.
@@ -272,7 +269,7 @@ fn forward_item(
     v: Mat,
     dropout: Option<&AttentionDropout>,
     item: Item,
-    mut scratch: &mut [f32],
+    scratch: &mut [f32],
 ) {
     let Item {
         sequence,
@@ -287,11 +284,12 @@ fn forward_item(
     let query_columns = head * dim..(head + 1) * dim;
     let kv_head = head / shape.group();
     let columns = kv_head * dim..(kv_head + 1) * dim;
+    let mut scratch = Scratch(scratch);
     let mut block = Block::new(shape, rows, &mut scratch);
     block.set_queries(kernels, 0, q.rows(first..first + rows).cols(query_columns));
     let (k, v) = (k.cols(columns.clone()), v.cols(columns));
-    let values = take(&mut scratch, TILE * padded);
-    let keys = take(&mut scratch, dim * TILE);
+    let values = scratch.take(TILE * padded);
+    let keys = scratch.take(dim * TILE);
 
     let last = first + rows - start;
     let lengths: Vec<usize> = (first - start + 1..=last).collect();

@@ -134,7 +134,7 @@ fn product<S: Simd>(
     unsafe {
         while vectors > 0 {
             let done = match (S::REGISTERS, vectors) {
-                (Registers::Wide, 1) => {
+                (Registers::Wide, 1) | (Registers::Narrow, _) => {
                     rows::<S, 6, 1>(s, extent.rows, o);
                     1
                 }
@@ -149,10 +149,6 @@ fn product<S: Simd>(
                 (Registers::Wide, _) => {
                     rows::<S, 6, 4>(s, extent.rows, o);
                     4
-                }
-                (Registers::Narrow, _) => {
-                    rows::<S, 6, 1>(s, extent.rows, o);
-                    1
                 }
                 (Registers::Small, _) => {
                     rows::<S, 2, 1>(s, extent.rows, o);
@@ -172,7 +168,7 @@ impl Kernels {
     /// # Panics
     /// If an operand is too short for the extent or the width is not a multiple of 16.
     pub(super) fn product(
-        &self,
+        self,
         extent: Extent,
         a: Strided,
         b: &[f32],
@@ -205,7 +201,7 @@ impl Kernels {
             );
         }
         dispatch!(
-            *self,
+            self,
             product<'a>(
                 extent: Extent, a: Strided<'a>, b: &[f32], b_stride: usize, start: Start, out: &mut [f32],
                 out_stride: usize

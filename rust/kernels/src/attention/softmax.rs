@@ -2,10 +2,10 @@
 //! kept log-sum-exp for the backward pass.
 
 use super::TILE;
-use crate::{Kernels, Mat};
 use crate::math::{exp, log};
 use crate::random::{DropoutScale, kept};
 use crate::simd::{LANES, Simd, dispatch};
+use crate::{Kernels, Mat};
 
 /// Vectors per row of a tile.
 const VECTORS: usize = TILE / LANES;
@@ -173,7 +173,7 @@ fn finish<S: Simd>(s: S, largest: &mut [f32], sum: &[f32], weighted: &mut [f32],
 #[derive(Clone, Copy)]
 pub(super) struct BackwardRows<'a> {
     pub(super) lse: &'a [f32],
-    /// Sum over the head dimension of d_out * out.
+    /// Sum over the head dimension of `d_out` * out.
     pub(super) correlation: &'a [f32],
     /// Number of keys of the tile that each row sees.
     pub(super) limits: &'a [usize],
@@ -239,7 +239,7 @@ impl Kernels {
     /// Folds one tile of raw scores (rows of 64) into the state of its rows and leaves the weights exp(score - largest),
     /// after dropout, in `scores`. Row r sees the first `limits[r]` keys of the tile; the others get an exact zero.
     pub(super) fn softmax_online(
-        &self,
+        self,
         scores: &mut [f32],
         limits: &[usize],
         scale: f32,
@@ -251,7 +251,7 @@ impl Kernels {
             "softmax_online: sizes"
         );
         dispatch!(
-            *self,
+            self,
             online<'a>(
                 scores: &mut [f32], limits: &[usize], scale: f32, state: OnlineState<'a>,
                 dropout: Option<BlockDropout<'a>>
@@ -261,19 +261,19 @@ impl Kernels {
 
     /// Divides the weighted values by the sums and turns `largest` into the log-sum-exp.
     pub(super) fn softmax_finish(
-        &self,
+        self,
         largest: &mut [f32],
         sum: &[f32],
         weighted: &mut [f32],
         padded: usize,
     ) {
-        dispatch!(*self, finish(largest: &mut [f32], sum: &[f32], weighted: &mut [f32], padded: usize));
+        dispatch!(self, finish(largest: &mut [f32], sum: &[f32], weighted: &mut [f32], padded: usize));
     }
 
     /// Backward of one tile: `scores` (raw) become the weights after dropout, `d_weights` (gradients with respect to
     /// those) become the gradients with respect to the raw scores.
     pub(super) fn softmax_replay(
-        &self,
+        self,
         scores: &mut [f32],
         d_weights: &mut [f32],
         rows: BackwardRows,
@@ -285,7 +285,7 @@ impl Kernels {
             "softmax_replay: sizes"
         );
         dispatch!(
-            *self,
+            self,
             replay<'a>(
                 scores: &mut [f32], d_weights: &mut [f32], rows: BackwardRows<'a>, scale: f32,
                 dropout: Option<BlockDropout<'a>>
@@ -294,9 +294,9 @@ impl Kernels {
     }
 
     /// out[r] = a[r] . b[r]; the rows of `b` are padded with zeros to `padded` elements.
-    pub(super) fn row_products(&self, a: Mat, b: &[f32], padded: usize, out: &mut [f32]) {
+    pub(super) fn row_products(self, a: Mat, b: &[f32], padded: usize, out: &mut [f32]) {
         let fits = a.num_cols().next_multiple_of(LANES) == padded && out.len() == a.num_rows();
         assert!(fits, "row_products: sizes do not fit");
-        dispatch!(*self, row_products<'a>(a: Mat<'a>, b: &[f32], padded: usize, out: &mut [f32]));
+        dispatch!(self, row_products<'a>(a: Mat<'a>, b: &[f32], padded: usize, out: &mut [f32]));
     }
 }

@@ -9,8 +9,8 @@ use crate::{AttentionDropout, AttentionShape, Level, PAGE_POSITIONS};
 
 const TILE: usize = PAGE_POSITIONS;
 
-/// Twin of [`crate::Kernels::attention_forward`] for one sequence of contiguous rows: `q` [T, heads * head_dim], `k` and
-/// `v` [T, kv_heads * head_dim]. Returns (out, lse [heads][T]). `sequence` is the index into the dropout's ids.
+/// Twin of [`crate::Kernels::attention_forward`] for one sequence of contiguous rows: `q` [T, heads * `head_dim`], `k` and
+/// `v` [T, `kv_heads` * `head_dim`]. Returns (out, lse [heads][T]). `sequence` is the index into the dropout's ids.
 #[must_use]
 pub fn attention_forward(
     level: Level,
@@ -21,7 +21,12 @@ pub fn attention_forward(
     dropout: Option<&AttentionDropout>,
     sequence: usize,
 ) -> (Vec<f32>, Vec<f32>) {
-    let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
+    let AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = *shape;
     let length = q.len() / (heads * head_dim);
     let mut out = vec![0.0; q.len()];
     let mut lse = vec![0.0; heads * length];
@@ -43,7 +48,8 @@ pub fn attention_forward(
                 largest = scores.iter().copied().fold(largest, f32::max);
                 let decay = exp(level, previous - largest);
                 let weights = scores.map(|score| exp(level, score - largest));
-                let lanes = |i: usize| (weights[i] + weights[16 + i]) + (weights[32 + i] + weights[48 + i]);
+                let lanes =
+                    |i: usize| (weights[i] + weights[16 + i]) + (weights[32 + i] + weights[48 + i]);
                 sum = sum * decay + tree(std::array::from_fn(lanes));
                 for out in weighted.iter_mut() {
                     *out *= decay;
@@ -66,11 +72,20 @@ pub fn attention_forward(
 }
 
 fn score_of(level: Level, query: &[f32], key: &[f32]) -> f32 {
-    query.iter().zip(key).fold(0.0, |sum, (q, k)| multiply_add(level, *q, *k, sum))
+    query
+        .iter()
+        .zip(key)
+        .fold(0.0, |sum, (q, k)| multiply_add(level, *q, *k, sum))
 }
 
 /// 0 for a dropped weight, 1 / (1 - p) for a kept one.
-fn factor(dropout: Option<&AttentionDropout>, sequence: usize, head: usize, t: usize, j: usize) -> f32 {
+fn factor(
+    dropout: Option<&AttentionDropout>,
+    sequence: usize,
+    head: usize,
+    t: usize,
+    j: usize,
+) -> f32 {
     let Some(dropout) = dropout else { return 1.0 };
     let key = DropoutKey {
         seed: dropout.seed,
@@ -79,7 +94,11 @@ fn factor(dropout: Option<&AttentionDropout>, sequence: usize, head: usize, t: u
         sequence_id: dropout.sequence_ids[sequence],
         position: t as u64,
     };
-    if is_kept(key, dropout.p, j as u32) { DropoutScale::new(dropout.p).scale } else { 0.0 }
+    if is_kept(key, dropout.p, j as u32) {
+        DropoutScale::new(dropout.p).scale
+    } else {
+        0.0
+    }
 }
 
 /// Gradients of attention with respect to (q, k, v).
@@ -94,13 +113,19 @@ pub fn attention_backward(
     dropout: Option<&AttentionDropout>,
     sequence: usize,
 ) -> Gradients {
-    let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
+    let AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = *shape;
     let length = q.len() / (heads * head_dim);
     let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     for head in 0..heads {
         let kv_head = head / (heads / kv_heads);
         let at = |t: usize| (t * heads + head) * head_dim..(t * heads + head + 1) * head_dim;
-        let kv_at = |j: usize| (j * kv_heads + kv_head) * head_dim..(j * kv_heads + kv_head + 1) * head_dim;
+        let kv_at =
+            |j: usize| (j * kv_heads + kv_head) * head_dim..(j * kv_heads + kv_head + 1) * head_dim;
         for t in 0..length {
             let correlation = lane_product(level, &d_out[at(t)], &out[at(t)]);
             for j in 0..=t {

@@ -1,5 +1,7 @@
 //! Twins of the output head's rows.
 
+#![allow(clippy::float_cmp, reason = "equal logits are meant")]
+
 use super::math::exp;
 use super::multiply_add;
 use super::reduce::reduce;

@@ -1,5 +1,9 @@
 //! The AVX2 + FMA level: a logical vector of 16 lanes is two registers of 8.
 #![allow(unsafe_code)]
+#![allow(
+    clippy::wildcard_imports,
+    reason = "the intrinsics, of which this file is made"
+)]
 
 use std::arch::x86_64::*;
 
@@ -317,7 +321,7 @@ impl Simd for Avx2 {
         unsafe { (_mm256_castps_si256(a.0), _mm256_castps_si256(a.1)) }
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::U) -> Self::F {
+    fn float_of_bits(self, a: Self::U) -> Self::F {
         // SAFETY: the token proves AVX2.
         unsafe { (_mm256_castsi256_ps(a.0), _mm256_castsi256_ps(a.1)) }
     }

@@ -1,5 +1,9 @@
 //! The AVX-512 level (F, BW, DQ, VL): a logical vector is one register.
 #![allow(unsafe_code)]
+#![allow(
+    clippy::wildcard_imports,
+    reason = "the intrinsics, of which this file is made"
+)]
 
 use std::arch::x86_64::*;
 
@@ -191,7 +195,7 @@ impl Simd for Avx512 {
         unsafe { _mm512_castps_si512(a) }
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::U) -> Self::F {
+    fn float_of_bits(self, a: Self::U) -> Self::F {
         // SAFETY: the token proves AVX-512.
         unsafe { _mm512_castsi512_ps(a) }
     }

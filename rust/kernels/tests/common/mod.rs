@@ -1,4 +1,5 @@
 //! What the kernel tests share: levels, inputs and comparisons.
+#![allow(clippy::float_cmp, reason = "infinities are compared")]
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use ingot_kernels::{Kernels, Level, random};
