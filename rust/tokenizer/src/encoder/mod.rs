@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) use added_tokens::Matcher;
 use merging::{Scratch, merge_piece};
 use pair_table::PairTable;
-use piece_cache::PieceCache;
+use piece_cache::{PieceCache, SHORT_TOKENS};
 pub(crate) use recover::merges_of_ranks;
 
 use crate::error::Result;
@@ -52,22 +52,30 @@ struct Ids {
 }
 
 impl Ids {
-    fn push_group(&mut self, group: [u32; 4], count: usize) {
-        let end = self.len + group.len();
-        if end > self.slots.len() {
-            self.slots.resize(end.max(2 * self.slots.len()), 0);
-        }
-        self.slots[self.len..end].copy_from_slice(&group);
+    #[inline(always)]
+    fn push_group(&mut self, group: [u32; SHORT_TOKENS], count: usize) {
+        self.reserve(SHORT_TOKENS);
+        self.slots[self.len..self.len + SHORT_TOKENS].copy_from_slice(&group);
         self.len += count;
     }
 
     fn extend(&mut self, ids: &[u32]) {
-        let end = self.len + ids.len();
-        if end > self.slots.len() {
-            self.slots.resize(end.max(2 * self.slots.len()), 0);
+        self.reserve(ids.len());
+        self.slots[self.len..self.len + ids.len()].copy_from_slice(ids);
+        self.len += ids.len();
+    }
+
+    #[inline(always)]
+    fn reserve(&mut self, count: usize) {
+        if self.len + count > self.slots.len() {
+            self.grow(count);
         }
-        self.slots[self.len..end].copy_from_slice(ids);
-        self.len = end;
+    }
+
+    #[cold]
+    fn grow(&mut self, count: usize) {
+        self.slots
+            .resize((self.len + count).max(2 * self.slots.len()), 0);
     }
 }
 
@@ -178,8 +186,8 @@ impl Encoder {
             if end - start <= SHORT_PIECE {
                 let key = short_key(text, start, end);
                 let set = PieceCache::set_of(key);
-                if let Some((group, count)) = worker.cache.get_short(set, key) {
-                    ids.push_group(group, count);
+                if let Some((tokens, count)) = worker.cache.get_short(set, key) {
+                    ids.push_group(tokens, count);
                 } else {
                     self.encode_new_piece(&text[start..end], worker);
                     worker.cache.insert_short(set, key, &worker.piece);

@@ -6,20 +6,27 @@ use crate::hashing::{hash_bytes, hash_u128};
 const SETS: usize = 1 << 16;
 
 /// Most tokens of an entry of the short table.
-const SHORT_TOKENS: usize = 4;
+pub(super) const SHORT_TOKENS: usize = 4;
 
 /// Bits of the first id that hold the number of tokens; ids are below 2^28.
 const COUNT_SHIFT: u32 = 28;
 
 /// Entries in the table of longer pieces, and longest piece kept in it.
-const LONG_ENTRIES: usize = 1 << 14;
+const LONG_ENTRIES: usize = 1 << 16;
 const LONG_PIECE: usize = 256;
 
 /// Bytes and ids of longer pieces kept before that table starts afresh.
-const LONG_BYTES: usize = 1 << 20;
+const LONG_BYTES: usize = 8 << 20;
 
-/// Key: bytes and length of a piece, 0 = empty. Value: up to four ids, their number in the top bits of the first.
-type Entry = (u128, [u32; SHORT_TOKENS]);
+/// Two pieces in one cache line.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Set {
+    /// Bytes and length of each piece; 0 = empty.
+    keys: [u128; 2],
+    /// Up to four ids of each, their number in the top bits of the first.
+    values: [[u32; SHORT_TOKENS]; 2],
+}
 
 #[derive(Clone, Copy, Default)]
 struct LongEntry {
@@ -30,7 +37,7 @@ struct LongEntry {
 
 /// Both tables.
 pub(super) struct PieceCache {
-    short: Vec<[Entry; 2]>,
+    short: Vec<Set>,
     long: Vec<LongEntry>,
     long_bytes: Vec<u8>,
     long_ids: Vec<u32>,
@@ -39,7 +46,7 @@ pub(super) struct PieceCache {
 impl PieceCache {
     pub fn new() -> Self {
         Self {
-            short: vec![[(0, [0; SHORT_TOKENS]); 2]; SETS],
+            short: vec![Set::default(); SETS],
             long: Vec::new(),
             long_bytes: Vec::new(),
             long_ids: Vec::new(),
@@ -55,20 +62,16 @@ impl PieceCache {
     /// Tokens of a short piece: four slots of which the first `count` count.
     #[inline(always)]
     pub fn get_short(&self, set: usize, key: u128) -> Option<([u32; SHORT_TOKENS], usize)> {
-        let [first, second] = &self.short[set];
-        let mut value = if first.0 == key {
-            first.1
-        } else if second.0 == key {
-            second.1
-        } else {
-            return None;
-        };
+        let Set { keys, values } = &self.short[set];
+        // Which of the two it is cannot be predicted: select without a branch.
+        let is_second = keys[1] == key;
+        let mut value = values[usize::from(is_second)];
         let count = (value[0] >> COUNT_SHIFT) as usize;
         value[0] &= (1 << COUNT_SHIFT) - 1;
-        Some((value, count))
+        ((keys[0] == key) | is_second).then_some((value, count))
     }
 
-    /// Remember the tokens of a short piece, if there are few.
+    /// Remember the tokens of a short piece, if there are few. The older of the two pieces of the set is forgotten.
     pub fn insert_short(&mut self, set: usize, key: u128, tokens: &[u32]) {
         if tokens.len() > SHORT_TOKENS {
             return;
@@ -76,9 +79,9 @@ impl PieceCache {
         let mut value = [0; SHORT_TOKENS];
         value[..tokens.len()].copy_from_slice(tokens);
         value[0] |= (tokens.len() as u32) << COUNT_SHIFT;
-        let entries = &mut self.short[set];
-        entries[1] = entries[0];
-        entries[0] = (key, value);
+        let set = &mut self.short[set];
+        set.keys = [key, set.keys[0]];
+        set.values = [value, set.values[0]];
     }
 
     /// Append the tokens of a longer piece to `out`, if they are known.
