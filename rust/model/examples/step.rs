@@ -1,6 +1,6 @@
 //! Times training steps of one shape and says where the time goes.
 //!
-//! `cargo run --release -p ingot-model --example step -- [--threads N] [--level L] [--steps N] [--dropout P] [--shape char|gpt2|llama]`
+//! `cargo run --release -p ingot-model --example step -- [--threads N] [--level L] [--steps N] [--dropout P] [--shape char|char-cpu|gpt2|llama]`
 #![allow(clippy::print_stdout)] // A program that reports to the terminal.
 
 use std::time::Instant;
@@ -80,7 +80,23 @@ fn shape(name: &str) -> Result<Shape, String> {
             sequences: 32,
             length: 512,
         }),
-        other => Err(format!("unknown shape {other:?}: char, gpt2 or llama")),
+        "char-cpu" => Ok(Shape {
+            config: Config {
+                hidden_size: 128,
+                num_hidden_layers: 4,
+                num_attention_heads: 4,
+                num_key_value_heads: 4,
+                head_dim: 32,
+                intermediate_size: 512,
+                max_position_embeddings: 64,
+                ..base.config
+            },
+            sequences: 12,
+            length: 64,
+        }),
+        other => Err(format!(
+            "unknown shape {other:?}: char, char-cpu, gpt2 or llama"
+        )),
     }
 }
 

@@ -580,11 +580,11 @@ mod tests {
 
     const MAX_TOKENS: usize = 200;
 
-    fn model(config: Config) -> Model {
+    fn model(config: &Config) -> Model {
         Model::new(
             Config {
                 max_position_embeddings: MAX_TOKENS,
-                ..config
+                ..config.clone()
             },
             1,
             Options::default(),
@@ -630,7 +630,7 @@ mod tests {
     #[test]
     fn forced_tokens_have_the_bits_of_training_across_pages_and_forks() {
         for config in [gpt2(), llama()] {
-            let model = model(config);
+            let model = model(&config);
             let mut decoder = decoder(&model);
             let sampling = Sampling {
                 temperature: 0.7,
@@ -706,7 +706,7 @@ mod tests {
 
     #[test]
     fn slots_are_used_again_and_errors_name_them() {
-        let model = model(llama());
+        let model = model(&llama());
         let mut decoder = decoder(&model);
         let sampling = Sampling::default();
         for expected in 0..4 {
@@ -755,7 +755,7 @@ mod tests {
 
     #[test]
     fn changed_parameters_are_noticed() {
-        let mut model = model(llama());
+        let mut model = model(&llama());
         let mut decoder = decoder(&model);
         decoder.add(&model, &[1], 0, Sampling::default()).unwrap();
         model.parameters_mut()[0] = 1.0;
@@ -764,7 +764,7 @@ mod tests {
 
     #[test]
     fn weights_that_are_no_numbers_are_an_error_and_change_nothing() {
-        let mut model = model(llama());
+        let mut model = model(&llama());
         model.parameters_mut().fill(f32::NAN);
         let mut decoder = decoder(&model);
         decoder.add(&model, &[1], 9, Sampling::default()).unwrap();
