@@ -152,7 +152,8 @@ def twin(config: ModelConfig, weights: Mapping[str, Any], num_values: int = 0, p
     """The torch network with these weights."""
     from ingot.models.torch_backend import TorchModel
 
-    model = TorchModel(config, precision=precision, device="cpu", num_values=num_values)  # type: ignore[arg-type]
+    # One thread: tensors this small only lose by sharing work.
+    model = TorchModel(config, precision=precision, device="cpu", threads=1, num_values=num_values)  # type: ignore[arg-type]
     model.load_state(weights)
     return model
 
@@ -174,7 +175,9 @@ def output_gradients(
     return gradients
 
 
-def worst_ratio(got: Mapping[str, Any], expected: Mapping[str, Any], relative: float, absolute: float) -> tuple[float, str]:
+def worst_ratio(
+    got: Mapping[str, Any], expected: Mapping[str, Any], relative: float, absolute: float
+) -> tuple[float, str]:
     """Largest max|got - expected| / (relative max|expected| + absolute) over the tensors, and whose: at most 1 is within."""
     assert list(got) == list(expected)
     ratios = []

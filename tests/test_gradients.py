@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from networks import OUTPUTS, SHAPES, Packed, native, output_gradients, pack, perturbed, twin, worst_ratio
 
 from ingot.configs import ModelConfig
+from networks import OUTPUTS, SHAPES, Packed, native, output_gradients, pack, perturbed, twin, worst_ratio
 
 # Each length once, an empty sequence, and lengths around a tile of 64 keys.
 LENGTHS = [*range(1, 13), 0, 63, 64, 65, 66]
@@ -117,7 +117,12 @@ def test_slope_along_each_gradient(shape: str) -> None:
 
 
 def compare_with_twin(
-    config: ModelConfig, lengths: tuple[int, ...], outputs: tuple[str, ...], *, num_values: int, level: str | None = None
+    config: ModelConfig,
+    lengths: tuple[int, ...],
+    outputs: tuple[str, ...],
+    *,
+    num_values: int,
+    level: str | None = None,
 ) -> None:
     packed, gradients, expected_outputs, expected = twin_gradients(ConfigKey(config), lengths, outputs, num_values)
     model = native(config, perturbed(config, num_values), num_values, level=level)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from networks import OUTPUTS, SHAPES, pack, perturbed
 from oracle.transformer import Transformer
 

@@ -6,14 +6,14 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ingot import _native
 from ingot.configs import ModelConfig
-from ingot.errors import CheckpointError, ConfigError
+from ingot.errors import CheckpointError
 from ingot.models.base import (
     BoolArray,
     Context,
@@ -31,9 +31,8 @@ from ingot.models.base import (
 )
 from ingot.models.grouping import assign_groups
 from ingot.models.hf import write_folder
+from ingot.models.packing import check_seed, ids_array
 from ingot.models.tables import check_state, parts_table
-
-_NO_IDS = np.zeros(0, dtype=np.int32)
 
 
 class NativeModel:
@@ -54,7 +53,7 @@ class NativeModel:
         level: str | None = None,
         num_values: int = 0,
     ) -> None:
-        _check_seed(seed)
+        check_seed(seed)
         self._config = config
         fields = json.dumps(config.to_dict())
         self._core = _native.Model(fields, seed=seed, level=level, threads=threads, num_values=num_values)
@@ -132,7 +131,7 @@ class NativeModel:
     ) -> tuple[Context | None, Outputs]:
         """See :meth:`ingot.models.base.Model.forward`."""
         wanted = check_want(want, self.num_values)
-        _check_seed(seed)
+        check_seed(seed)
         context, arrays = self._core.forward(
             tokens,
             offsets,
@@ -141,7 +140,7 @@ class NativeModel:
             value_rows=value_rows,
             hidden_rows=hidden_rows,
             temperature=temperature,
-            banned_ids=_ids(banned_ids),
+            banned_ids=ids_array(banned_ids),
             train=train,
             seed=seed,
             sequence_ids=sequence_ids,
@@ -188,14 +187,14 @@ class NativeModel:
         sequence_ids: LongArray | None = None,
     ) -> float:
         """See :meth:`ingot.models.base.Model.forward_backward`."""
-        _check_seed(seed)
+        check_seed(seed)
         return self._core.forward_backward(
             tokens,
             offsets,
             targets,
             weights,
             temperature=temperature,
-            banned_ids=_ids(banned_ids),
+            banned_ids=ids_array(banned_ids),
             train=train,
             seed=seed,
             sequence_ids=sequence_ids,
@@ -218,13 +217,13 @@ class NativeModel:
         banned_ids: Sequence[int] | IntArray | None = None,
     ) -> NativeDecoder:
         """See :meth:`ingot.models.base.Model.decoder`."""
-        _check_seed(seed)
+        check_seed(seed)
         core = _native.Decoder(
             self._core,
             max_tokens=max_tokens,
             max_sequences=max_sequences,
             seed=seed,
-            banned_ids=_ids(banned_ids),
+            banned_ids=ids_array(banned_ids),
         )
         return NativeDecoder(core)
 
@@ -322,7 +321,7 @@ class NativeDecoder:
         """Read a prompt of at least one token and return its slot."""
         how = sampling or Sampling()
         return self._core.add(
-            _ids(tokens, "tokens"),
+            ids_array(tokens, "tokens"),
             sequence_id,
             temperature=how.temperature,
             top_k=how.top_k,
@@ -346,23 +345,3 @@ class NativeDecoder:
     def length(self, slot: int) -> int:
         """Tokens of the sequence so far, prompt included."""
         return self._core.length(slot)
-
-
-def _ids(ids: Any, name: str = "banned_ids") -> IntArray:
-    """Token ids as an i32 array; a list of Python ints is converted, an array of another kind than integers refused."""
-    if ids is None:
-        return _NO_IDS
-    array = np.asarray(ids)
-    if array.size == 0:
-        return _NO_IDS
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ConfigError(f"{name}: needs a list of token ids, got {array.dtype} of shape {list(array.shape)}")
-    limits = np.iinfo(np.int32)
-    if array.max() > limits.max or array.min() < limits.min:
-        raise IndexError(f"{name}: holds numbers that are no token ids (they are below 2^31)")
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 1 << 64:
-        raise ConfigError(f"seed must be between 0 and 2^64 - 1, got {seed}")

@@ -100,6 +100,19 @@ def check_ids(name: str, ids: npt.NDArray[Any], low: int, vocab_size: int) -> No
         raise IndexError(f"{name}[{position}] is {ids[position]}, outside {low}..{vocab_size} ({meaning})")
 
 
+def ids_array(ids: npt.ArrayLike | None, name: str = "banned_ids") -> IntArray:
+    """Token ids as an i32 array; a list of Python ints is converted, an array of another kind than integers refused."""
+    array = np.asarray([] if ids is None else ids)
+    if array.size == 0:
+        return np.empty(0, dtype=np.int32)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ConfigError(f"{name}: needs a list of token ids, got {array.dtype} of shape {list(array.shape)}")
+    limits = np.iinfo(np.int32)
+    if array.max() > limits.max or array.min() < limits.min:
+        raise IndexError(f"{name}: holds numbers that are no token ids (they are below 2^31)")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
 def check_rows(hidden_rows: LongArray, num_rows: int) -> None:
     """Refuse rows that the batch does not have."""
     check_array("hidden_rows", hidden_rows, np.int64, (None,))
@@ -111,11 +124,9 @@ def check_rows(hidden_rows: LongArray, num_rows: int) -> None:
         )
 
 
-def check_banned(
-    banned_ids: Sequence[int] | IntArray | None, targets: IntArray, vocab_size: int
-) -> npt.NDArray[np.int64]:
+def check_banned(banned_ids: Sequence[int] | IntArray | None, targets: IntArray, vocab_size: int) -> IntArray:
     """The banned ids, ascending, each once. At least one id must remain, and none of them be a target."""
-    banned = np.unique(np.asarray([] if banned_ids is None else banned_ids, dtype=np.int64))
+    banned = np.unique(ids_array(banned_ids))
     check_ids("banned_ids", banned, 0, vocab_size)
     if len(banned) == vocab_size:
         raise ValueError("banned_ids: names the whole vocabulary: no token could be chosen")
