@@ -5,13 +5,13 @@ use crate::{Config, ModelError, PositionKind};
 /// Several sequences one after the other in flat arrays, without padding.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
-    /// Token ids, [N].
+    /// Token ids, `[N]`.
     pub tokens: &'a [i32],
-    /// Sequence s is `tokens[offsets[s]..offsets[s + 1]]`; [S + 1], starts at 0, never decreases, ends at N.
+    /// Sequence s is `tokens[offsets[s]..offsets[s + 1]]`; `[S + 1]`, starts at 0, never decreases, ends at N.
     pub offsets: &'a [i64],
-    /// The token to be scored after each position, -1 for none; [N].
+    /// The token to be scored after each position, -1 for none; `[N]`.
     pub targets: &'a [i32],
-    /// Identities of the sequences, [S]: they key the dropout masks. The index in the batch unless given.
+    /// Identities of the sequences, `[S]`: they key the dropout masks. The index in the batch unless given.
     pub sequence_ids: Option<&'a [i64]>,
 }
 
@@ -58,7 +58,7 @@ impl Want {
 pub struct ForwardOptions<'a> {
     /// Which outputs are computed.
     pub want: Want,
-    /// Rows whose scalar heads are computed, [N]; all of them unless given.
+    /// Rows whose scalar heads are computed, `[N]`; all of them unless given.
     pub value_rows: Option<&'a [bool]>,
     /// Rows of the final norm's output to return, in this order; a row may come several times.
     pub hidden_rows: Option<&'a [i64]>,
@@ -89,36 +89,36 @@ impl Default for ForwardOptions<'_> {
 /// Results of a forward pass; `None` where not asked for, 0 in rows that were not asked for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs {
-    /// ln p(target), [N].
+    /// ln p(target), `[N]`.
     pub logprobs: Option<Vec<f32>>,
-    /// Entropy of the next-token distribution in nats, [N].
+    /// Entropy of the next-token distribution in nats, `[N]`.
     pub entropy: Option<Vec<f32>>,
-    /// ln sum exp of the scaled logits, [N].
+    /// ln sum exp of the scaled logits, `[N]`.
     pub lse: Option<Vec<f32>>,
-    /// Mean scaled logit, [N].
+    /// Mean scaled logit, `[N]`.
     pub zbar: Option<Vec<f32>>,
-    /// Whether the target is the most likely token, [N].
+    /// Whether the target is the most likely token, `[N]`.
     pub top1: Option<Vec<bool>>,
-    /// Scalar heads, [N, `num_values`].
+    /// Scalar heads, `[N, num_values]`.
     pub values: Option<Vec<f32>>,
-    /// Final norm's output at `hidden_rows`, [R, `hidden_size`].
+    /// Final norm's output at `hidden_rows`, `[R, hidden_size]`.
     pub hidden: Option<Vec<f32>>,
 }
 
 /// Gradients of a scalar with respect to the outputs. `None` is 0; entries of rows without the output are ignored.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OutputGradients<'a> {
-    /// [N].
+    /// `[N]`.
     pub d_logprobs: Option<&'a [f32]>,
-    /// [N].
+    /// `[N]`.
     pub d_entropy: Option<&'a [f32]>,
-    /// [N].
+    /// `[N]`.
     pub d_lse: Option<&'a [f32]>,
-    /// [N].
+    /// `[N]`.
     pub d_zbar: Option<&'a [f32]>,
-    /// [N, `num_values`].
+    /// `[N, num_values]`.
     pub d_values: Option<&'a [f32]>,
-    /// [R, `hidden_size`].
+    /// `[R, hidden_size]`.
     pub d_hidden: Option<&'a [f32]>,
 }
 
@@ -128,9 +128,9 @@ pub(crate) struct Packing {
     pub(crate) tokens: Vec<u32>,
     pub(crate) offsets: Vec<i64>,
     pub(crate) sequence_ids: Vec<i64>,
-    /// Position of each token in its sequence, [N].
+    /// Position of each token in its sequence, `[N]`.
     pub(crate) positions: Vec<u32>,
-    /// Identity of each token's sequence, [N].
+    /// Identity of each token's sequence, `[N]`.
     pub(crate) row_sequence_ids: Vec<i64>,
     /// Rows that have a target, ascending.
     pub(crate) target_rows: Vec<usize>,

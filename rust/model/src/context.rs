@@ -22,7 +22,7 @@ pub struct Context {
     pub(crate) rotary: Option<Arc<RotaryTable>>,
     /// One arena per block.
     pub(crate) blocks: Vec<Lease>,
-    /// The residual stream after the last block, [N, d].
+    /// The residual stream after the last block, `[N, d]`.
     pub(crate) output: Lease,
 }
 

@@ -5,7 +5,7 @@ use crate::{ActivationKind, AttentionBias, Config, NormKind, PositionKind};
 /// A Hugging Face model type whose class computes exactly the configured network.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Family {
-    /// `GPT2LMHeadModel`: weights of its linear layers are shown as [in, out].
+    /// `GPT2LMHeadModel`: weights of its linear layers are shown as `[in, out]`.
     Gpt2,
     /// `LlamaForCausalLM`.
     Llama,
@@ -58,7 +58,7 @@ impl Family {
         }
     }
 
-    /// Whether the weights of linear layers are shown as [in, out].
+    /// Whether the weights of linear layers are shown as `[in, out]`.
     pub(crate) fn transposes_linear(self) -> bool {
         self == Self::Gpt2
     }

@@ -44,13 +44,13 @@ pub(crate) struct Head<'a> {
 
 /// Working memory for a chunk of C rows.
 struct Scratch {
-    /// Rows of the residual stream, [C, d].
+    /// Rows of the residual stream, `[C, d]`.
     gathered: Lease,
-    /// Final norm's output, [C, d].
+    /// Final norm's output, `[C, d]`.
     normed: Lease,
-    /// Its gradient, [C, d].
+    /// Its gradient, `[C, d]`.
     d_normed: Lease,
-    /// [C, V].
+    /// `[C, V]`.
     logits: Lease,
     partials: Lease,
     moments: Vec<RowMoments>,
@@ -108,7 +108,7 @@ impl Head<'_> {
         }
     }
 
-    /// The final norm of chosen rows of the residual stream `x` [N, d].
+    /// The final norm of chosen rows of the residual stream `x` `[N, d]`.
     fn gather(&self, x: &[f32], rows: &[usize], scratch: &mut Scratch) {
         let d = self.width();
         let span = ROWS_PER_ITEM * d;
@@ -139,7 +139,7 @@ impl Head<'_> {
         );
     }
 
-    /// Adds the gradient of the gathered rows, from that of their norm, to the chosen rows of `d_x` [N, d].
+    /// Adds the gradient of the gathered rows, from that of their norm, to the chosen rows of `d_x` `[N, d]`.
     fn scatter_gradient(
         &self,
         gradients: &mut [f32],
@@ -204,7 +204,7 @@ impl Head<'_> {
         );
     }
 
-    /// All outputs that were asked for, from the residual stream `x` [N, d].
+    /// All outputs that were asked for, from the residual stream `x` `[N, d]`.
     pub(crate) fn forward(
         &self,
         arenas: &ArenaPool,
@@ -257,7 +257,7 @@ impl Head<'_> {
         outputs
     }
 
-    /// Scalar heads [N, k], 0 in rows that were not asked for.
+    /// Scalar heads `[N, k]`, 0 in rows that were not asked for.
     fn values(
         &self,
         arenas: &ArenaPool,
@@ -285,7 +285,7 @@ impl Head<'_> {
         values
     }
 
-    /// Final norm's output at `hidden_rows`, [R, d].
+    /// Final norm's output at `hidden_rows`, `[R, d]`.
     fn hidden(&self, options: &HeadOptions, x: &[f32]) -> Vec<f32> {
         let d = self.width();
         let mut hidden = vec![0.0; options.hidden_rows.len() * d];
@@ -307,7 +307,7 @@ impl Head<'_> {
         hidden
     }
 
-    /// Gradients of all outputs: fills `d_x` [N, d], the gradient of the residual stream `x` [N, d], and adds to
+    /// Gradients of all outputs: fills `d_x` `[N, d]`, the gradient of the residual stream `x` `[N, d]`, and adds to
     /// `gradients`. The lengths in `d` were checked.
     pub(crate) fn backward(
         &self,
@@ -341,7 +341,7 @@ impl Head<'_> {
     }
 
     /// The fused pass for sum of weights * -logprob: one product for logits, statistics and gradient. Returns the sum,
-    /// added up in f64 in the order of the rows; fills `d_x` [N, d] and adds to `gradients`.
+    /// added up in f64 in the order of the rows; fills `d_x` `[N, d]` and adds to `gradients`.
     pub(crate) fn forward_backward(
         &self,
         arenas: &ArenaPool,

@@ -234,7 +234,7 @@ impl Model {
     }
 
     /// The next-token loss `sum of weights * -logprob`, evaluated and differentiated in one go: adds to the gradients and
-    /// returns the sum. `weights` [N] count where there is a target. Dropout is on where `options.train`.
+    /// returns the sum. `weights` `[N]` count where there is a target. Dropout is on where `options.train`.
     ///
     /// # Errors
     /// If the batch or the options do not fit together or to the model; the message names the entry.
@@ -425,8 +425,8 @@ impl Model {
         }
     }
 
-    /// The embedding and all blocks, keeping nothing; returns the residual stream [N, d]. After each block
-    /// `seen(layer, keys, values)` gets its keys (rotated) and values, both [N, Hkv h].
+    /// The embedding and all blocks, keeping nothing; returns the residual stream `[N, d]`. After each block
+    /// `seen(layer, keys, values)` gets its keys (rotated) and values, both `[N, Hkv h]`.
     pub(crate) fn run_blocks_in_place(
         &self,
         pass: &Pass<'_>,
@@ -465,7 +465,7 @@ impl Model {
         x
     }
 
-    /// The backward pass from the gradient `d_x` [N, d] of the residual stream to the embedding; spends the context.
+    /// The backward pass from the gradient `d_x` `[N, d]` of the residual stream to the embedding; spends the context.
     fn backward_blocks(&mut self, context: &mut Context, mut d_x: Lease) {
         context.spent = true;
         let num_rows = context.packing.num_rows();

@@ -18,8 +18,8 @@ pub struct Parameter {
     pub offset: usize,
     /// Shape as Hugging Face shows it.
     pub shape: Vec<usize>,
-    /// Whether the memory is the transpose of `shape` in row-major order (GPT-2's linear layers: shown as [in, out],
-    /// stored as [out, in]).
+    /// Whether the memory is the transpose of `shape` in row-major order (GPT-2's linear layers: shown as `[in, out]`,
+    /// stored as `[out, in]`).
     pub transposed: bool,
     /// Whether weight decay applies by default: to matrices, not to vectors.
     pub decay: bool,
@@ -188,7 +188,7 @@ impl TableBuilder {
         )
     }
 
-    /// The weight of a linear layer of a block, stored as [outputs, inputs].
+    /// The weight of a linear layer of a block, stored as `[outputs, inputs]`.
     fn weight(&mut self, role: Role, outputs: usize, inputs: usize, initial: Initial) -> usize {
         let transposed = self.family.transposes_linear();
         let shape = if transposed {

@@ -1,8 +1,8 @@
 //! Causal self-attention with grouped key-value heads, optional norms on query and key heads, optional rotary positions.
 //!
-//! A row of queries, keys and values lies together: [H h | Hkv h | Hkv h]. Without head norms queries and keys are rotated
+//! A row of queries, keys and values lies together: `[H h | Hkv h | Hkv h]`. Without head norms queries and keys are rotated
 //! in place; with them the row keeps the values before the norm, which is what the backward pass needs, and the normalised
-//! and rotated ones go to a second array [H h | Hkv h] that is made again where needed.
+//! and rotated ones go to a second array `[H h | Hkv h]` that is made again where needed.
 
 use ingot_kernels::attention::{AttentionDropout, AttentionShape};
 use ingot_kernels::{Mat, MatMut};
@@ -18,7 +18,7 @@ pub(crate) struct Attention {
     pub(crate) heads: usize,
     pub(crate) key_value_heads: usize,
     pub(crate) head_dim: usize,
-    /// [H h + 2 Hkv h, d].
+    /// `[H h + 2 Hkv h, d]`.
     pub(crate) qkv: Linear,
     /// Norms of query and key heads.
     pub(crate) head_norms: Option<(Norm, Norm)>,
@@ -78,7 +78,7 @@ impl Attention {
     }
 
     /// Norms and rotates queries and keys: in place, or from `qkv` to `rotated` where there are head norms.
-    /// `qkv` is [R, H h + 2 Hkv h], `rotated` [R, H h + Hkv h] or empty.
+    /// `qkv` is `[R, H h + 2 Hkv h]`, `rotated` `[R, H h + Hkv h]` or empty.
     pub(crate) fn rotate(
         &self,
         compute: &Compute,
@@ -95,7 +95,7 @@ impl Attention {
         }
     }
 
-    /// Rotates the query and key heads of rows [R, H h + 2 Hkv h].
+    /// Rotates the query and key heads of rows `[R, H h + 2 Hkv h]`.
     fn rotate_in_place(
         &self,
         compute: &Compute,
@@ -121,7 +121,7 @@ impl Attention {
             });
     }
 
-    /// Fills `rotated` [R, H h + Hkv h] from `qkv` [R, H h + 2 Hkv h].
+    /// Fills `rotated` `[R, H h + Hkv h]` from `qkv` `[R, H h + 2 Hkv h]`.
     pub(crate) fn norm_and_rotate(
         &self,
         compute: &Compute,
@@ -165,7 +165,7 @@ impl Attention {
         );
     }
 
-    /// The backward pass of [`Attention::rotate`]: turns the gradient of what attention saw, in `d_qkv` [R, H h + 2 Hkv h],
+    /// The backward pass of [`Attention::rotate`]: turns the gradient of what attention saw, in `d_qkv` `[R, H h + 2 Hkv h]`,
     /// into that of the product's result. `qkv` are the values before the norm; read only where there are head norms.
     pub(crate) fn rotate_backward(
         &self,
@@ -245,7 +245,7 @@ impl Attention {
         }
     }
 
-    /// Attention of whole sequences: `attended` [N, H h], `lse` [H, N].
+    /// Attention of whole sequences: `attended` `[N, H h]`, `lse` `[H, N]`.
     pub(crate) fn attend(
         &self,
         compute: &Compute,
@@ -271,7 +271,7 @@ impl Attention {
         );
     }
 
-    /// Gradients of [`Attention::attend`] into `d_qkv` [N, H h + 2 Hkv h], overwritten.
+    /// Gradients of [`Attention::attend`] into `d_qkv` `[N, H h + 2 Hkv h]`, overwritten.
     pub(crate) fn attend_backward(
         &self,
         compute: &Compute,

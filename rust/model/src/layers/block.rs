@@ -39,11 +39,11 @@ pub(crate) struct Pass<'a> {
     pub(crate) compute: &'a Compute,
     pub(crate) parameters: &'a [f32],
     pub(crate) rotary: Option<&'a RotaryTable>,
-    /// [S + 1].
+    /// `[S + 1]`.
     pub(crate) offsets: &'a [i64],
-    /// [S].
+    /// `[S]`.
     pub(crate) sequence_ids: &'a [i64],
-    /// [N].
+    /// `[N]`.
     pub(crate) positions: &'a [u32],
     /// Only while training with a probability above 0.
     pub(crate) dropout: Option<Dropout<'a>>,
@@ -66,17 +66,17 @@ impl<'a> Pass<'a> {
 
 /// What a block keeps of a forward pass for the backward pass; everything else is made again.
 pub(crate) struct BlockActivations<'a> {
-    /// The residual stream at the entrance, [N, d].
+    /// The residual stream at the entrance, `[N, d]`.
     pub(crate) x: &'a mut [f32],
-    /// Queries, keys and values: as attention sees them, or before the head norms where there are any. [N, H h + 2 Hkv h].
+    /// Queries, keys and values: as attention sees them, or before the head norms where there are any. `[N, H h + 2 Hkv h]`.
     pub(crate) qkv: &'a mut [f32],
-    /// Result of attention before its projection, [N, H h].
+    /// Result of attention before its projection, `[N, H h]`.
     pub(crate) attended: &'a mut [f32],
-    /// Log-sum-exp of the attention scores, [H, N].
+    /// Log-sum-exp of the attention scores, `[H, N]`.
     pub(crate) lse: &'a mut [f32],
-    /// The residual stream after attention, [N, d].
+    /// The residual stream after attention, `[N, d]`.
     pub(crate) middle: &'a mut [f32],
-    /// Pre-activations of the MLP, [N, F or 2 F].
+    /// Pre-activations of the MLP, `[N, F or 2 F]`.
     pub(crate) pre: &'a mut [f32],
 }
 
@@ -119,20 +119,20 @@ impl<'a> BlockActivations<'a> {
 
 /// Working memory of the blocks' passes. Contents carry nothing from one call to the next.
 pub(crate) struct BlockScratch {
-    /// Result of a norm, [C, d].
+    /// Result of a norm, `[C, d]`.
     normed: Lease,
-    /// Activations of the MLP, then their gradient, [C, F].
+    /// Activations of the MLP, then their gradient, `[C, F]`.
     active: Lease,
-    /// Pre-activations where they are not kept, or their gradient, [C, F or 2 F].
+    /// Pre-activations where they are not kept, or their gradient, `[C, F or 2 F]`.
     pre: Lease,
-    /// A sub-layer's result (or its gradient) while dropout is on, [C, d].
+    /// A sub-layer's result (or its gradient) while dropout is on, `[C, d]`.
     branch: Lease,
-    /// Queries and keys after the head norms and the rotation, [N, H h + Hkv h] or empty.
+    /// Queries and keys after the head norms and the rotation, `[N, H h + Hkv h]` or empty.
     rotated: Lease,
-    /// Gradient of a norm's result, [C, d].
+    /// Gradient of a norm's result, `[C, d]`.
     d_normed: Lease,
     /// Gradients of attention's result and of queries, keys and values where they do not fit into the place of the
-    /// pre-activations: [N, H h] and [N, H h + 2 Hkv h] one after the other.
+    /// pre-activations: `[N, H h]` and `[N, H h + 2 Hkv h]` one after the other.
     d_attention: Option<Lease>,
     /// Partial sums of the norms' gradients.
     partials: Lease,
@@ -183,8 +183,8 @@ impl BlockScratch {
 }
 
 impl Block {
-    /// Norm, product and rotation of a chunk: `qkv` [R, H h + 2 Hkv h] and `rotated` [R, H h + Hkv h] (empty without head
-    /// norms) from `x` [R, d]. `normed` is scratch [R, d]; `copy` becomes a copy of `x`.
+    /// Norm, product and rotation of a chunk: `qkv` `[R, H h + 2 Hkv h]` and `rotated` `[R, H h + Hkv h]` (empty without head
+    /// norms) from `x` `[R, d]`. `normed` is scratch `[R, d]`; `copy` becomes a copy of `x`.
     pub(crate) fn attention_input(
         &self,
         compute: &Compute,
@@ -209,7 +209,7 @@ impl Block {
             .rotate(compute, parameters, rotary, positions, qkv, rotated);
     }
 
-    /// y += attention's projection of `attended` [R, H h]; y is [R, d].
+    /// y += attention's projection of `attended` `[R, H h]`; y is `[R, d]`.
     pub(crate) fn attention_output(
         &self,
         compute: &Compute,
@@ -225,7 +225,7 @@ impl Block {
             .forward(compute, parameters, attended, MatMut::new(y, rows, d), true);
     }
 
-    /// y += mlp(normed) for a chunk; `normed` is [R, d], `pre` and `active` become the MLP's inner values.
+    /// y += mlp(normed) for a chunk; `normed` is `[R, d]`, `pre` and `active` become the MLP's inner values.
     pub(crate) fn mlp_output(
         &self,
         compute: &Compute,
@@ -245,7 +245,7 @@ impl Block {
             .forward(compute, parameters, active, MatMut::new(y, rows, d), true);
     }
 
-    /// The forward pass that keeps what the backward pass needs: from `kept.x` to `out` [N, d].
+    /// The forward pass that keeps what the backward pass needs: from `kept.x` to `out` `[N, d]`.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_>,
@@ -335,7 +335,7 @@ impl Block {
         }
     }
 
-    /// The forward pass that keeps nothing: `x` [N, d] goes from the entrance to the exit of the block. `qkv` and
+    /// The forward pass that keeps nothing: `x` `[N, d]` goes from the entrance to the exit of the block. `qkv` and
     /// `attended` are scratch for all rows, `lse` likewise; afterwards `qkv` and the returned rotated rows still hold this
     /// block's queries, keys and values.
     pub(crate) fn forward_in_place<'s>(
@@ -406,7 +406,7 @@ impl Block {
         self.mlp.up.outputs >= self.d_attention_width()
     }
 
-    /// Turns `d_x` [N, d], the gradient of the block's result, into that of its entrance, and adds to `gradients`.
+    /// Turns `d_x` `[N, d]`, the gradient of the block's result, into that of its entrance, and adds to `gradients`.
     /// What was kept is used up.
     pub(crate) fn backward(
         &self,

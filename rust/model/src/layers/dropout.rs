@@ -12,9 +12,9 @@ use super::{Compute, ROWS_PER_ITEM};
 pub(crate) struct Dropout<'a> {
     pub(crate) probability: f32,
     pub(crate) seed: u64,
-    /// Identity of each row's sequence, [N].
+    /// Identity of each row's sequence, `[N]`.
     pub(crate) sequence_ids: &'a [i64],
-    /// Position of each row in its sequence, [N].
+    /// Position of each row in its sequence, `[N]`.
     pub(crate) positions: &'a [u32],
 }
 
@@ -47,7 +47,7 @@ impl<'a> Dropout<'a> {
         compute.kernels.dropout(key, self.probability, x);
     }
 
-    /// y += dropout(x); both [R, width]. x is overwritten.
+    /// y += dropout(x); both `[R, width]`. x is overwritten.
     pub(crate) fn add(
         &self,
         compute: &Compute,
@@ -77,7 +77,7 @@ impl<'a> Dropout<'a> {
             });
     }
 
-    /// out = dropout(x); both [R, width].
+    /// out = dropout(x); both `[R, width]`.
     pub(crate) fn copy(
         &self,
         compute: &Compute,

@@ -12,14 +12,14 @@ const COLUMNS_PER_ITEM: usize = 64;
 #[derive(Clone, Debug)]
 pub(crate) struct Embedding {
     pub(crate) width: usize,
-    /// Offset of the token table, [V, width].
+    /// Offset of the token table, `[V, width]`.
     pub(crate) tokens: usize,
-    /// Offset of the position table, [`max_position_embeddings`, width].
+    /// Offset of the position table, `[max_position_embeddings, width]`.
     pub(crate) positions: Option<usize>,
 }
 
 impl Embedding {
-    /// out[row] = dropout(E[token] + P[position]); out is [R, width].
+    /// `out[row] = dropout(E[token] + P[position])`; out is `[R, width]`.
     pub(crate) fn forward(
         &self,
         compute: &Compute,
@@ -55,7 +55,7 @@ impl Embedding {
             });
     }
 
-    /// `d_E`[token] += `d_out`[row] and `d_P`[position] likewise, rows in order. `d_out` is masked in place.
+    /// `d_E[token] += d_out[row]` and `d_P[position]` likewise, rows in order. `d_out` is masked in place.
     pub(crate) fn backward(
         &self,
         compute: &Compute,
@@ -90,7 +90,7 @@ impl Embedding {
         }
     }
 
-    /// table[indices[row]] += rows[row], parallel over columns so that each element's sum runs over rows in order.
+    /// `table[indices[row]] += rows[row]`, parallel over columns so that each element's sum runs over rows in order.
     fn scatter_add(&self, compute: &Compute, table: &mut [f32], indices: &[u32], rows: &[f32]) {
         let table = MatMut::new(table, table.len() / self.width, self.width);
         let cuts: Vec<usize> = (0..self.width).step_by(COLUMNS_PER_ITEM).skip(1).collect();

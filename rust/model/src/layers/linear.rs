@@ -1,4 +1,4 @@
-//! A linear layer: y = x W^T + b with W stored as [outputs, inputs].
+//! A linear layer: y = x W^T + b with W stored as `[outputs, inputs]`.
 
 use ingot_kernels::{Mat, MatMut};
 
@@ -9,9 +9,9 @@ use super::Compute;
 pub(crate) struct Linear {
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
-    /// Offset of W, [outputs, inputs].
+    /// Offset of W, `[outputs, inputs]`.
     pub(crate) weight: usize,
-    /// Offset of b, [outputs].
+    /// Offset of b, `[outputs]`.
     pub(crate) bias: Option<usize>,
 }
 
@@ -24,7 +24,7 @@ impl Linear {
         )
     }
 
-    /// y = x W^T + b, or y += that. x is [R, inputs], y [R, outputs].
+    /// y = x W^T + b, or y += that. x is `[R, inputs]`, y `[R, outputs]`.
     pub(crate) fn forward(
         &self,
         compute: &Compute,

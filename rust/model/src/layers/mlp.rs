@@ -12,14 +12,14 @@ pub(crate) struct Mlp {
     pub(crate) activation: ActivationKind,
     /// F.
     pub(crate) width: usize,
-    /// [F, d], or gate and up together [2 F, d].
+    /// `[F, d]`, or gate and up together [2 F, d].
     pub(crate) up: Linear,
     /// [d, F].
     pub(crate) down: Linear,
 }
 
 impl Mlp {
-    /// The pre-activations of rows `x` [R, d] into `pre` [R, F or 2 F] and the activations into `active` [R, F].
+    /// The pre-activations of rows `x` `[R, d]` into `pre` `[R, F or 2 F]` and the activations into `active` `[R, F]`.
     pub(crate) fn expand(
         &self,
         compute: &Compute,

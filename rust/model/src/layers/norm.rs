@@ -10,9 +10,9 @@ use crate::NormKind;
 pub(crate) struct Norm {
     pub(crate) kind: NormKind,
     pub(crate) size: usize,
-    /// Offset of the gain, [size].
+    /// Offset of the gain, `[size]`.
     pub(crate) gain: usize,
-    /// Offset of the bias, [size].
+    /// Offset of the bias, `[size]`.
     pub(crate) bias: Option<usize>,
     pub(crate) eps: f32,
 }
@@ -22,7 +22,7 @@ pub(crate) type RowMoments = [f32; 2];
 
 /// Partial sums of parameter gradients: one row per work item, summed in order afterwards.
 pub(crate) struct NormScratch<'a> {
-    /// At least [items, 2 size].
+    /// At least `[items, 2 size]`.
     pub(crate) partials: &'a mut [f32],
 }
 
@@ -86,7 +86,7 @@ impl Norm {
         }
     }
 
-    /// Normalises the rows of `x` [R, size] into `out`. `copy`, where given, becomes a copy of `x`: the place that the
+    /// Normalises the rows of `x` `[R, size]` into `out`. `copy`, where given, becomes a copy of `x`: the place that the
     /// following sub-layer adds its result to, filled while the row is in the cache.
     pub(crate) fn forward(
         &self,
@@ -162,7 +162,7 @@ impl Norm {
         );
     }
 
-    /// Gradients of the rows: adds to `d_x` [R, size] and to the gain's and bias's gradients.
+    /// Gradients of the rows: adds to `d_x` `[R, size]` and to the gain's and bias's gradients.
     pub(crate) fn backward(
         &self,
         compute: &Compute,

@@ -9,9 +9,9 @@ use crate::{Config, RopeScaling};
 pub(crate) struct RotaryTable {
     /// h/2.
     pairs: usize,
-    /// [positions, pairs].
+    /// `[positions, pairs]`.
     cos: Vec<f32>,
-    /// [positions, pairs].
+    /// `[positions, pairs]`.
     sin: Vec<f32>,
 }
 
