@@ -11,7 +11,7 @@ const ITEM: usize = 1 << 16;
 /// Where epsilon enters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum EpsMode {
-    /// `m_hat` / (`sqrt(v_hat)` + eps): Kingma and Ba 2015, algorithm 1, and torch.
+    /// `m_hat / (sqrt(v_hat) + eps)`: Kingma and Ba 2015, algorithm 1, and torch.
     Torch,
     /// sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps): the form at the end of their section 2, and TensorFlow;
     /// a larger effective epsilon in the first steps.
@@ -40,7 +40,7 @@ pub struct AdamGroup {
     pub range: Range<usize>,
     /// Learning rate of this step.
     pub learning_rate: f64,
-    /// Decoupled weight decay: the parameter is multiplied by 1 - `learning_rate` * `weight_decay` first.
+    /// Decoupled weight decay: the parameter is multiplied by `1 - learning_rate * weight_decay` first.
     pub weight_decay: f64,
 }
 
@@ -176,10 +176,15 @@ fn square_sum<S: Simd>(s: S, x: &[f32]) -> f64 {
 
 impl Kernels {
     /// One `AdamW` step. `groups` are disjoint, ascending ranges of the four buffers; elements outside of them stay as
-    /// they are. Per element, with g = gradient * `gradient_scale`:
-    /// m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
-    /// p = (1 - lr `weight_decay`) p - `step_size` m / (`root_scale` sqrt(v) + eps), where bias correction (computed in f64)
-    /// and [`EpsMode`] settle `step_size` and `root_scale`.
+    /// they are. Per element, with `g = gradient * gradient_scale`:
+    ///
+    /// ```text
+    /// m = beta1 m + (1 - beta1) g
+    /// v = beta2 v + (1 - beta2) g^2
+    /// p = (1 - lr weight_decay) p - step_size m / (root_scale sqrt(v) + eps)
+    /// ```
+    ///
+    /// where bias correction (computed in f64) and [`EpsMode`] settle `step_size` and `root_scale`.
     ///
     /// # Panics
     /// If the buffers differ in length or the groups overlap, descend or leave the buffers.

@@ -2,7 +2,7 @@
 //!
 //! Keys are taken in tiles of 64 counted from the start of the sequence, and each query row goes through the same
 //! arithmetic whatever surrounds it: scores are chains of multiply-adds over the head dimension, the softmax is the
-//! online one (Milakov and Gimelshein 2018; Dao et al. 2022, "`FlashAttention`", algorithm 1) with sums over fixed lanes,
+//! online one (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1) with sums over fixed lanes,
 //! and the weighted sum of values is a chain over keys in ascending order. A masked key adds an exact zero. So a row's
 //! result has the same bits whether it is computed in a training batch, alone, in a chunk of a prompt, or as a single
 //! token on cached pages.

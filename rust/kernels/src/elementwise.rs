@@ -185,7 +185,7 @@ impl Unary for GeluTanh {
     }
 }
 impl Binary for GeluTanh {
-    /// `d_x` = `d_out` (g + x g (1-g) d(2u)/dx), g = sigmoid(2u).
+    /// `d_x = d_out (g + x g (1-g) d(2u)/dx)`, `g = sigmoid(2u)`.
     #[inline(always)]
     fn apply<S: Simd>(self, s: S, x: S::F, d_out: S::F) -> S::F {
         let x = clamp_saturated(s, x);
@@ -213,7 +213,7 @@ impl Unary for Gelu {
     }
 }
 impl Binary for Gelu {
-    /// `d_x` = `d_out` (Phi(x) + x phi(x)).
+    /// `d_x = d_out (Phi(x) + x phi(x))`.
     #[inline(always)]
     fn apply<S: Simd>(self, s: S, x: S::F, d_out: S::F) -> S::F {
         let x = clamp_saturated(s, x);
@@ -422,7 +422,7 @@ impl Kernels {
         dispatch!(*self, activation_forward(kind: Activation, x: &[f32], out: &mut [f32]));
     }
 
-    /// `d_x` = `d_out` * f'(x), elementwise; `d_x` is overwritten. The derivative of relu at 0 is 0.
+    /// `d_x = d_out * f'(x)`, elementwise; `d_x` is overwritten. The derivative of relu at 0 is 0.
     pub fn activation_backward(&self, kind: Activation, x: &[f32], d_out: &[f32], d_x: &mut [f32]) {
         assert!(
             x.len() == d_x.len() && d_out.len() == d_x.len(),

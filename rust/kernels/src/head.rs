@@ -1,8 +1,12 @@
 //! The output head's row of logits: log-probability, entropy and friends, and the gradient of any mixture of them.
 //!
 //! With s = z / temperature, p = softmax(s), y the target and n the number of ids that are not banned:
-//! logprob = `s_y` - lse, entropy H = lse - sum p s, zbar = mean of s over the ids that are not banned, and
-//! `d_z` = (1/temperature) [ `d_logprob` (`e_y` - p) - `d_entropy` p (ln p + H) + `d_lse` p + `d_zbar` / n ].
+//! logprob = s(y) - lse, entropy H = lse - sum p s, zbar = mean of s over the ids that are not banned, and
+//!
+//! ```text
+//! d_z = (1/temperature) [ d_logprob (e_y - p) - d_entropy p (ln p + H) + d_lse p + d_zbar / n ]
+//! ```
+//!
 //! A banned id has the logit -inf: it adds nothing to any sum and its gradient is 0.
 
 use crate::Kernels;
@@ -139,11 +143,11 @@ struct RowCoefficients {
     /// ln p = s - lse.
     lse: f32,
     entropy: f32,
-    /// Factor of p: (`d_lse` - `d_logprob`) / temperature.
+    /// Factor of p: `(d_lse - d_logprob) / temperature`.
     linear: f32,
-    /// Factor of p (ln p + H): -`d_entropy` / temperature.
+    /// Factor of p (ln p + H): `-d_entropy / temperature`.
     entropic: f32,
-    /// Added to every id that is not banned: `d_zbar` / (n temperature).
+    /// Added to every id that is not banned: `d_zbar / (n temperature)`.
     uniform: f32,
 }
 

@@ -26,7 +26,7 @@ impl Reduction<1, 1> for Deviation {
     }
 }
 
-/// Sums of g and g * `x_hat`, with g = `d_out` * gain and `x_hat` = (x - mean) * rstd.
+/// Sums of `g` and `g * x_hat`, with `g = d_out * gain` and `x_hat = (x - mean) * rstd`.
 #[derive(Clone, Copy)]
 struct GradientSums {
     mean: f32,
@@ -105,7 +105,7 @@ fn normalize<S: Simd>(
     }
 }
 
-/// What the second pass of a backward row needs: `d_x` += rstd * (g - offset - `x_hat` * slope).
+/// What the second pass of a backward row needs: `d_x += rstd * (g - offset - x_hat * slope)`.
 #[derive(Clone, Copy)]
 struct RowGradient {
     mean: f32,

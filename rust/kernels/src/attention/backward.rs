@@ -1,5 +1,7 @@
-//! The backward pass over packed sequences (Dao et al. 2022, "`FlashAttention`", algorithm 4): weights are recomputed from
+//! The backward pass over packed sequences (Dao et al. 2022, "FlashAttention: fast and memory-efficient exact attention", algorithm 4): weights are recomputed from
 //! the kept log-sum-exp.
+
+use std::cmp::Reverse;
 
 use super::product::{Extent, Start, Strided};
 use super::softmax::{BackwardRows, BlockDropout};
@@ -31,21 +33,21 @@ struct Inputs<'a> {
 
 /// Scratch of one item. Sizes in floats; T is the sequence's length, P the padded head dimension.
 struct Workspace<'a> {
-    /// [T][P] of one query head: queries, gradients of outputs, gradients of queries.
+    /// `[T][P]` of one query head: queries, gradients of outputs, gradients of queries.
     q: &'a mut [f32],
     d_out: &'a mut [f32],
     d_q: &'a mut [f32],
-    /// [T]: sum of `d_out` * out.
+    /// `[T]`: sum of `d_out * out`.
     correlation: &'a mut [f32],
-    /// [64][P]: the tile's keys.
+    /// `[64][P]`: the tile's keys.
     k: &'a mut [f32],
-    /// [64][P]: gradients of the tile's keys and values.
+    /// `[64][P]`: gradients of the tile's keys and values.
     d_k: &'a mut [f32],
     d_v: &'a mut [f32],
-    /// [`head_dim`][64]: keys and values transposed.
+    /// `[head_dim][64]`: keys and values transposed.
     k_transposed: &'a mut [f32],
     v_transposed: &'a mut [f32],
-    /// [64][64]: scores, then weights; gradients of weights, then of scores.
+    /// `[64][64]`: scores, then weights; gradients of weights, then of scores.
     scores: &'a mut [f32],
     d_scores: &'a mut [f32],
 }
@@ -154,7 +156,9 @@ impl Kernels {
                         d_v,
                     }
                 });
-        let items: Vec<Item> = items.collect();
+        let mut items: Vec<Item> = items.collect();
+        // The longest first, so that no thread ends long after the others. The order changes no result.
+        items.sort_by_key(|item| Reverse(item.d_k.num_rows()));
         let longest = sequences
             .iter()
             .map(|(_, start, end)| end - start)

@@ -1,6 +1,8 @@
 //! The forward pass over packed sequences, and the walk of a block of query rows over the tiles of its keys that it
 //! shares with decoding.
 
+use std::cmp::Reverse;
+
 use super::product::{Extent, Start, Strided};
 use super::softmax::{BlockDropout, MAX_ROWS, OnlineState};
 use super::{AttentionDropout, AttentionShape, HeadDropout, Scratch, TILE, sequences};
@@ -18,9 +20,9 @@ const _: () = assert!(FULL_ROWS <= MAX_ROWS && DIAGONAL_ROWS <= MAX_ROWS);
 /// One tile of keys as the products want it.
 #[derive(Clone, Copy)]
 pub(super) struct Tile<'a> {
-    /// [`head_dim`][64]: keys transposed.
+    /// `[head_dim][64]`: keys transposed.
     pub(super) keys: &'a [f32],
-    /// [64][padded]: values by row.
+    /// `[64][padded]`: values by row.
     pub(super) values: &'a [f32],
     /// Position of the tile's first key.
     pub(super) first_key: usize,
@@ -36,7 +38,7 @@ pub(super) struct Block<'a> {
     largest: &'a mut [f32],
     /// [rows]: sum of exponentials.
     sum: &'a mut [f32],
-    /// [`FULL_ROWS`][64].
+    /// `[FULL_ROWS][64]`.
     scores: &'a mut [f32],
     padded: usize,
 }
@@ -173,11 +175,11 @@ struct Item<'a> {
 }
 
 impl Kernels {
-    /// Causal attention of packed sequences: out[t] = sum over j <= t of `softmax_j(scale` `q_t` . `k_j`) `v_j` within each
+    /// Causal attention of packed sequences: `out[t] = sum over j <= t of softmax_j(scale q_t . k_j) v_j` within each
     /// sequence and head.
     ///
-    /// `offsets` i64[S+1]: token offsets of the sequences, from 0 to N. `q` and `out` are [N, heads * `head_dim`], `k` and
-    /// `v` [N, `kv_heads` * `head_dim`]. `lse` [heads][N] gets the log-sum-exp of the scaled scores, which the backward pass
+    /// `offsets` `i64[S+1]`: token offsets of the sequences, from 0 to N. `q` and `out` are `[N, heads * head_dim]`, `k` and
+    /// `v` `[N, kv_heads * head_dim]`. `lse` `[heads][N]` gets the log-sum-exp of the scaled scores, which the backward pass
     /// takes. Work items are (block of 256 query rows, head).
     ///
     /// The scores must not all be -inf in a row (which finite q and k cannot give, short of overflow); NaN propagates.
@@ -251,7 +253,9 @@ impl Kernels {
                 lse,
             }
         });
-        let items: Vec<Item> = items.collect();
+        let mut items: Vec<Item> = items.collect();
+        // The longest first, so that no thread ends long after the others. The order changes no result.
+        items.sort_by_key(|item| Reverse(item.first - item.start));
         let padded = shape.padded_dim();
         let scratch_floats =
             Block::scratch_floats(shape, QUERY_BLOCK) + TILE * padded + shape.head_dim * TILE;

@@ -1,7 +1,7 @@
 //! Keys and values cached in pages of 64 positions, and attention of new query rows on them.
 //!
 //! A page holds 64 consecutive positions of one layer. For each key-value head it has the keys transposed,
-//! [`head_dim`][64], then the values by row, [64][padded head_dim] (padded to a multiple of 16): the same tile that training
+//! `[head_dim][64]`, then the values by row, `[64][padded head_dim]` (padded to a multiple of 16): the same tile that training
 //! packs, so that decoding streams it as it is and gives the same bits.
 
 use super::forward::{Block, QUERY_BLOCK, Tile};
@@ -21,7 +21,7 @@ impl AttentionShape {
         TILE * (self.head_dim + self.padded_dim())
     }
 
-    /// Stores the key and the value of one position (rows of `kv_heads` * `head_dim`) in slot `position % 64` of its page.
+    /// Stores the key and the value of one position (rows of `kv_heads * head_dim`) in slot `position % 64` of its page.
     /// Slots never written may hold anything: they are not read below a sequence's length.
     ///
     /// # Panics
@@ -74,7 +74,7 @@ struct Item<'a> {
 }
 
 impl Kernels {
-    /// Attention of new query rows on cached pages. The rows of `q` and `out`, both [R, heads * `head_dim`], belong to
+    /// Attention of new query rows on cached pages. The rows of `q` and `out`, both `[R, heads * head_dim]`, belong to
     /// the sequences one after the other; row i of a sequence's n rows sees its first `length - n + 1 + i` positions,
     /// whose keys and values must have been written before.
     ///

@@ -173,7 +173,7 @@ fn finish<S: Simd>(s: S, largest: &mut [f32], sum: &[f32], weighted: &mut [f32],
 #[derive(Clone, Copy)]
 pub(super) struct BackwardRows<'a> {
     pub(super) lse: &'a [f32],
-    /// Sum over the head dimension of `d_out` * out.
+    /// Sum over the head dimension of `d_out * out`.
     pub(super) correlation: &'a [f32],
     /// Number of keys of the tile that each row sees.
     pub(super) limits: &'a [usize],
@@ -218,7 +218,7 @@ fn replay<S: Simd>(
     }
 }
 
-/// out[r] = a[r] . b[r], the rows of `b` padded with zeros.
+/// `out[r] = a[r] . b[r]`, the rows of `b` padded with zeros.
 #[inline(always)]
 fn row_products<S: Simd>(s: S, a: Mat, b: &[f32], padded: usize, out: &mut [f32]) {
     for (r, (b, out)) in b.chunks_exact(padded).zip(out).enumerate() {
@@ -293,7 +293,7 @@ impl Kernels {
         );
     }
 
-    /// out[r] = a[r] . b[r]; the rows of `b` are padded with zeros to `padded` elements.
+    /// `out[r] = a[r] . b[r]`; the rows of `b` are padded with zeros to `padded` elements.
     pub(super) fn row_products(self, a: Mat, b: &[f32], padded: usize, out: &mut [f32]) {
         let fits = a.num_cols().next_multiple_of(LANES) == padded && out.len() == a.num_rows();
         assert!(fits, "row_products: sizes do not fit");

@@ -9,8 +9,8 @@ use crate::{AttentionDropout, AttentionShape, Level, PAGE_POSITIONS};
 
 const TILE: usize = PAGE_POSITIONS;
 
-/// Twin of [`crate::Kernels::attention_forward`] for one sequence of contiguous rows: `q` [T, heads * `head_dim`], `k` and
-/// `v` [T, `kv_heads` * `head_dim`]. Returns (out, lse [heads][T]). `sequence` is the index into the dropout's ids.
+/// Twin of [`crate::Kernels::attention_forward`] for one sequence of contiguous rows: `q` `[T, heads * head_dim]`, `k` and
+/// `v` `[T, kv_heads * head_dim]`. Returns (out, lse `[heads][T]`). `sequence` is the index into the dropout's ids.
 #[must_use]
 pub fn attention_forward(
     level: Level,

@@ -26,7 +26,7 @@ pub fn activation(level: Level, kind: Activation, x: f32) -> f32 {
     }
 }
 
-/// `d_out` f'(x) of one element.
+/// `d_out * f'(x)` of one element.
 #[must_use]
 pub fn activation_gradient(level: Level, kind: Activation, x: f32, d_out: f32) -> f32 {
     let bounded = x.clamp(-GELU_SATURATED, GELU_SATURATED);
