@@ -189,7 +189,7 @@ impl Model {
         }
         let rotary = self.rotary_table(packing.longest);
         let pass = self.pass(&packing, rotary.as_deref(), None);
-        let output = self.run_blocks_in_place(&pass, &packing.tokens, &mut |_, _, _| ());
+        let output = self.run_blocks_in_place(&pass, &packing.tokens);
         Ok((
             None,
             self.head()
@@ -425,14 +425,8 @@ impl Model {
         }
     }
 
-    /// The embedding and all blocks, keeping nothing; returns the residual stream `[N, d]`. After each block
-    /// `seen(layer, keys, values)` gets its keys (rotated) and values, both `[N, Hkv h]`.
-    pub(crate) fn run_blocks_in_place(
-        &self,
-        pass: &Pass<'_>,
-        tokens: &[u32],
-        seen: &mut dyn FnMut(usize, ingot_kernels::Mat<'_>, ingot_kernels::Mat<'_>),
-    ) -> Lease {
+    /// The embedding and all blocks, keeping nothing; returns the residual stream `[N, d]`.
+    fn run_blocks_in_place(&self, pass: &Pass<'_>, tokens: &[u32]) -> Lease {
         let num_rows = tokens.len();
         let attention = &self.layout.blocks[0].attention;
         let mut x = self.arenas.lease(num_rows * self.config.hidden_size);
@@ -451,7 +445,7 @@ impl Model {
             &mut x,
         );
         for block in &self.layout.blocks {
-            let rotated = block.forward_in_place(
+            block.forward_in_place(
                 pass,
                 &mut x,
                 &mut qkv,
@@ -459,8 +453,6 @@ impl Model {
                 &mut lse,
                 &mut scratch,
             );
-            let (_, keys, values) = block.attention.split(&qkv, rotated);
-            seen(block.layer, keys, values);
         }
         x
     }

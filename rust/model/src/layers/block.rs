@@ -335,18 +335,17 @@ impl Block {
         }
     }
 
-    /// The forward pass that keeps nothing: `x` `[N, d]` goes from the entrance to the exit of the block. `qkv` and
-    /// `attended` are scratch for all rows, `lse` likewise; afterwards `qkv` and the returned rotated rows still hold this
-    /// block's queries, keys and values.
-    pub(crate) fn forward_in_place<'s>(
+    /// The forward pass that keeps nothing: `x` `[N, d]` goes from the entrance to the exit of the block. `qkv`,
+    /// `attended` and `lse` are scratch for all rows.
+    pub(crate) fn forward_in_place(
         &self,
         pass: &Pass<'_>,
         x: &mut [f32],
         qkv: &mut [f32],
         attended: &mut [f32],
         lse: &mut [f32],
-        scratch: &'s mut BlockScratch,
-    ) -> &'s [f32] {
+        scratch: &mut BlockScratch,
+    ) {
         let (compute, parameters) = (pass.compute, pass.parameters);
         let num_rows = pass.positions.len();
         let d = self.attention_norm.size;
@@ -393,7 +392,6 @@ impl Block {
             let active = &mut scratch.active[..count * self.mlp.width];
             self.mlp_output(compute, parameters, normed, pre, active, x);
         }
-        &scratch.rotated[..num_rows * rotated]
     }
 
     /// Floats per row of the gradients inside attention.
