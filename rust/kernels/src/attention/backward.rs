@@ -1,4 +1,4 @@
-//! The backward pass over packed sequences (Dao et al. 2022, "FlashAttention: fast and memory-efficient exact attention", algorithm 4): weights are recomputed from
+//! The backward pass over packed sequences (Dao et al. 2022, algorithm 4): weights are recomputed from
 //! the kept log-sum-exp.
 
 use std::cmp::Reverse;
