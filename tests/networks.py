@@ -30,7 +30,7 @@ SHAPES = {
     ),
     "llama": ModelConfig.llama(
         vocab_size=41,
-        hidden_size=22,
+        hidden_size=20,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

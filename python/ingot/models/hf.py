@@ -220,7 +220,8 @@ def family_of(config: ModelConfig) -> Family:
         return "ingot" if config.mlp_bias or config.attention_bias == "qkv" else "qwen3"
     if config.attention_bias == "qkv":
         return "ingot" if config.mlp_bias else "qwen2"
-    return "llama"
+    # transformers' Llama refuses a hidden size that does not divide by the heads, whatever head_dim says.
+    return "ingot" if config.hidden_size % config.num_attention_heads else "llama"
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -40,7 +40,12 @@ impl Family {
             config.qk_norm,
             config.mlp_bias,
         ) {
-            (true, AttentionBias::None | AttentionBias::Qkvo, false, _) => Self::Llama,
+            // transformers' Llama refuses a hidden size that does not divide by the heads, whatever `head_dim` says.
+            (true, AttentionBias::None | AttentionBias::Qkvo, false, _)
+                if config.hidden_size.is_multiple_of(config.num_attention_heads) =>
+            {
+                Self::Llama
+            }
             (true, AttentionBias::Qkv, false, false) => Self::Qwen2,
             (true, AttentionBias::None | AttentionBias::Qkvo, true, false) => Self::Qwen3,
             _ => Self::Ingot,
