@@ -43,7 +43,7 @@ def shortened(words: list[str]) -> list[str]:
 @pytest.mark.timeout(600)
 def test_commands_and_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = "\n".join(documents(seed=5, split="train", count=400))
+    text = "\n".join(document.text for document in documents(seed=5, split="train", count=400))
     for name in ("tinyshakespeare.txt", "other.txt", "more.txt", "a.txt", "b.txt"):
         Path(name).write_text(text, encoding="utf-8")
     folder = Path("my-texts")
