@@ -123,6 +123,18 @@ def test_long_documents_are_cut_elsewhere_in_each_epoch():
     assert len(set(firsts)) > 3
 
 
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    ids, stretches = stretches_of([3] * 40)
+
+    def order(seed, epoch):
+        batch, _ = PackedBatches(ids, stretches, 2, 40, seed).take(0, Cursor(epoch, 0, 0))
+        return tuple(batch.tokens[batch.offsets[:-1]].tolist())
+
+    orders = {order(seed, epoch) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert all(sorted(one) == list(range(0, 120, 3)) for one in orders)
+
+
 def test_steps_per_epoch_is_what_an_epoch_takes():
     ids, stretches = stretches_of([5, 9, 30, 2, 17, 8, 8, 21])
     batches = PackedBatches(ids, stretches, 8, 3, 1)

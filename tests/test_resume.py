@@ -6,6 +6,7 @@ moments. Each kill is seen to land in a run that was not finished.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -84,7 +85,9 @@ def run_child(
         assert begun.wait(60)
         process.join(after_s)
         if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
+            # It may end by itself between these two lines.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
     process.join(120)
     assert process.exitcode is not None, "the child hangs"
     return int(process.exitcode)
