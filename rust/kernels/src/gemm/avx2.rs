@@ -7,8 +7,9 @@
 
 use std::arch::x86_64::*;
 
-use super::isa::{Isa, Tile, packing};
+use super::isa::{DOT_LANES, DOT_ROWS, Isa, Tile, packing};
 use super::pack::Transpose;
+use crate::arena::LINE;
 
 const MR: usize = 4;
 const A_WIDTH: usize = 2 * MR;
@@ -166,6 +167,56 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
     }
 }
 
+/// `R` rows of B times 8 lanes; see [`Isa::dots`].
+///
+/// # Safety
+/// A CPU with AVX2 and FMA; otherwise as for [`Isa::dots`].
+#[inline(always)]
+pub(super) unsafe fn dots_256<const R: usize>(
+    b: *const f32,
+    stride: usize,
+    lanes: *const f32,
+    depth: usize,
+    fetch: bool,
+    chains: &mut [[f32; DOT_LANES]; DOT_ROWS],
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut acc = [_mm256_setzero_ps(); R];
+        // Rows after these are fetched one cache line at a time. Not into L1: rows that lie a multiple of 4 KiB apart
+        // share one set of it and would push out those in use.
+        for start in (0..depth).step_by(LINE) {
+            if fetch {
+                for r in R..2 * R {
+                    _mm_prefetch::<_MM_HINT_T1>(b.wrapping_add(r * stride + start).cast());
+                }
+            }
+            for k in start..depth.min(start + LINE) {
+                let lanes = _mm256_loadu_ps(lanes.add(k * DOT_LANES));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    *acc = _mm256_fmadd_ps(lanes, _mm256_set1_ps(*b.add(r * stride + k)), *acc);
+                }
+            }
+        }
+        for (acc, chains) in acc.into_iter().zip(chains) {
+            _mm256_storeu_ps(chains.as_mut_ptr(), acc);
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+unsafe fn dots<const R: usize>(
+    b: *const f32,
+    stride: usize,
+    lanes: *const f32,
+    depth: usize,
+    fetch: bool,
+    chains: &mut [[f32; DOT_LANES]; DOT_ROWS],
+) {
+    // SAFETY: the caller's.
+    unsafe { dots_256::<R>(b, stride, lanes, depth, fetch, chains) }
+}
+
 /// # Safety
 /// As for [`Isa::tile`].
 #[inline(always)]
@@ -194,6 +245,30 @@ impl Isa for Avx2 {
                 1 => rows::<1>(num_rows, tile),
                 2 => rows::<2>(num_rows, tile),
                 _ => rows::<VECTORS>(num_rows, tile),
+            }
+        }
+    }
+
+    unsafe fn dots(
+        rows: usize,
+        b: *const f32,
+        stride: usize,
+        lanes: *const f32,
+        depth: usize,
+        fetch: bool,
+        chains: &mut [[f32; DOT_LANES]; DOT_ROWS],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            match rows {
+                1 => dots::<1>(b, stride, lanes, depth, fetch, chains),
+                2 => dots::<2>(b, stride, lanes, depth, fetch, chains),
+                3 => dots::<3>(b, stride, lanes, depth, fetch, chains),
+                4 => dots::<4>(b, stride, lanes, depth, fetch, chains),
+                5 => dots::<5>(b, stride, lanes, depth, fetch, chains),
+                6 => dots::<6>(b, stride, lanes, depth, fetch, chains),
+                7 => dots::<7>(b, stride, lanes, depth, fetch, chains),
+                _ => dots::<DOT_ROWS>(b, stride, lanes, depth, fetch, chains),
             }
         }
     }

@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::isa::{Isa, Tile, packing};
+use super::isa::{DOT_LANES, DOT_ROWS, Isa, Tile, packing};
 use super::pack::Transpose;
 
 const MR: usize = 8;
@@ -30,36 +30,48 @@ impl Transpose for Transpose16 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 
-    /// For four k at a time: register i gathers rows i, i + 4, i + 8 and i + 12, one in each 128-bit lane, so that two
-    /// rounds of unpacking within lanes finish the transposition.
+    /// Two rounds of unpacking within 128-bit lanes transpose blocks of 4 x 4, two rounds of moving lanes the blocks.
+    /// Each row is loaded whole: rows that lie a multiple of 4 KiB apart share one set of L1, which cannot keep them all.
     #[inline(always)]
     unsafe fn block(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // SAFETY: the caller's: a block of 16 x 16 on both sides, and a CPU with AVX-512.
         unsafe {
-            for k in (0..16).step_by(4) {
-                let gather = |i: usize| {
-                    let row = |i: usize| _mm_loadu_ps(src.add(i * src_stride + k));
-                    let low = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(row(i)), row(i + 4));
-                    let high =
-                        _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(row(i + 8)), row(i + 12));
-                    _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
-                };
-                let (r0, r1, r2, r3) = (gather(0), gather(1), gather(2), gather(3));
+            // quads[q][j]: lane l holds rows 4q..4q + 4 at k = 4l + j.
+            let mut quads = [[_mm512_setzero_ps(); 4]; 4];
+            for (q, quad) in quads.iter_mut().enumerate() {
+                let row = |i: usize| _mm512_loadu_ps(src.add((4 * q + i) * src_stride));
+                let (r0, r1, r2, r3) = (row(0), row(1), row(2), row(3));
                 let (a, b) = (_mm512_unpacklo_ps(r0, r1), _mm512_unpackhi_ps(r0, r1));
                 let (c, d) = (_mm512_unpacklo_ps(r2, r3), _mm512_unpackhi_ps(r2, r3));
-                _mm512_storeu_ps(dst.add(k * dst_stride), _mm512_shuffle_ps::<0x44>(a, c));
-                _mm512_storeu_ps(
-                    dst.add((k + 1) * dst_stride),
+                *quad = [
+                    _mm512_shuffle_ps::<0x44>(a, c),
                     _mm512_shuffle_ps::<0xee>(a, c),
-                );
-                _mm512_storeu_ps(
-                    dst.add((k + 2) * dst_stride),
                     _mm512_shuffle_ps::<0x44>(b, d),
-                );
-                _mm512_storeu_ps(
-                    dst.add((k + 3) * dst_stride),
                     _mm512_shuffle_ps::<0xee>(b, d),
+                ];
+            }
+            let [first, second, third, fourth] = quads;
+            for (j, (((q0, q1), q2), q3)) in first
+                .into_iter()
+                .zip(second)
+                .zip(third)
+                .zip(fourth)
+                .enumerate()
+            {
+                // Lanes (l, m) of two quads: even ones and odd ones of the four k.
+                let (a, b) = (
+                    _mm512_shuffle_f32x4::<0x88>(q0, q1),
+                    _mm512_shuffle_f32x4::<0xdd>(q0, q1),
                 );
+                let (c, d) = (
+                    _mm512_shuffle_f32x4::<0x88>(q2, q3),
+                    _mm512_shuffle_f32x4::<0xdd>(q2, q3),
+                );
+                let out = |l: usize| dst.add((4 * l + j) * dst_stride);
+                _mm512_storeu_ps(out(0), _mm512_shuffle_f32x4::<0x88>(a, c));
+                _mm512_storeu_ps(out(2), _mm512_shuffle_f32x4::<0xdd>(a, c));
+                _mm512_storeu_ps(out(1), _mm512_shuffle_f32x4::<0x88>(b, d));
+                _mm512_storeu_ps(out(3), _mm512_shuffle_f32x4::<0xdd>(b, d));
             }
         }
     }
@@ -124,6 +136,20 @@ unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
     }
 }
 
+/// 256-bit registers: they hold all lanes, and two such multiply-adds start per cycle.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+unsafe fn dots<const R: usize>(
+    b: *const f32,
+    stride: usize,
+    lanes: *const f32,
+    depth: usize,
+    fetch: bool,
+    chains: &mut [[f32; DOT_LANES]; DOT_ROWS],
+) {
+    // SAFETY: the caller's.
+    unsafe { super::avx2::dots_256::<R>(b, stride, lanes, depth, fetch, chains) }
+}
+
 /// # Safety
 /// As for [`Isa::tile`].
 #[inline(always)]
@@ -156,6 +182,30 @@ impl Isa for Avx512 {
                 1 => rows::<1>(num_rows, tile),
                 2 => rows::<2>(num_rows, tile),
                 _ => rows::<VECTORS>(num_rows, tile),
+            }
+        }
+    }
+
+    unsafe fn dots(
+        rows: usize,
+        b: *const f32,
+        stride: usize,
+        lanes: *const f32,
+        depth: usize,
+        fetch: bool,
+        chains: &mut [[f32; DOT_LANES]; DOT_ROWS],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            match rows {
+                1 => dots::<1>(b, stride, lanes, depth, fetch, chains),
+                2 => dots::<2>(b, stride, lanes, depth, fetch, chains),
+                3 => dots::<3>(b, stride, lanes, depth, fetch, chains),
+                4 => dots::<4>(b, stride, lanes, depth, fetch, chains),
+                5 => dots::<5>(b, stride, lanes, depth, fetch, chains),
+                6 => dots::<6>(b, stride, lanes, depth, fetch, chains),
+                7 => dots::<7>(b, stride, lanes, depth, fetch, chains),
+                _ => dots::<DOT_ROWS>(b, stride, lanes, depth, fetch, chains),
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The driver for products that are large in both directions.
 #![allow(unsafe_code)]
 
-use super::isa::{Isa, Operand, Output, Tile};
+use super::isa::{Isa, Operand, Output, Segment};
 use super::pack::{PackJob, Part, Role, panel_floats};
 use super::plan::Plan;
 use super::{ALONE_BELOW, Size};
@@ -190,15 +190,16 @@ impl Work<'_> {
         let mut from = 0;
         loop {
             let to = (from + self.plan.chunk).min(depth);
-            let starts = part_a.k + from == 0;
-            let ends = part_a.k + to == self.size.k;
+            let segment = Segment {
+                depth: to - from,
+                starts: part_a.k + from == 0,
+                ends: part_a.k + to == self.size.k,
+            };
             for col in (cols.start..cols.end).step_by(I::NR) {
                 for row in (rows.start..rows.end).step_by(I::MR) {
                     let (c_row, c_col) = (part_a.start + row, part_b.start + col);
-                    let at = c_row * self.c.stride + c_col;
-                    let out = self.c.pointer.wrapping_add(at);
-                    let (partial, partial_stride) = match self.partials {
-                        Partials::Output => (out, self.c.stride),
+                    let waiting = match self.partials {
+                        Partials::Output => (self.c.at(c_row, c_col), self.c.stride),
                         Partials::Matrix(area) => {
                             (area.at(c_row * self.size.n + c_col), self.size.n)
                         }
@@ -207,25 +208,16 @@ impl Work<'_> {
                             (scratch.as_mut_ptr().wrapping_add(at), tile_cols)
                         }
                     };
-                    let bias = if ends && !self.c.bias.is_null() {
-                        self.c.bias.wrapping_add(c_col)
-                    } else {
-                        std::ptr::null()
-                    };
-                    let tile = Tile {
-                        depth: to - from,
-                        a: packed_a.at(row / I::A_WIDTH * panel_floats(I::A_WIDTH, depth)
-                            + from * I::A_WIDTH
-                            + row % I::A_WIDTH),
-                        b: packed_b.at(col / I::NR * panel_floats(I::NR, depth) + from * I::NR),
-                        cols: I::NR.min(cols.end - col),
-                        partial: if starts { std::ptr::null() } else { partial },
-                        partial_stride,
-                        out: if ends { out } else { partial },
-                        out_stride: if ends { self.c.stride } else { partial_stride },
-                        bias,
-                        accumulate: ends && self.c.accumulate,
-                    };
+                    let panel_a = row / I::A_WIDTH * panel_floats(I::A_WIDTH, depth);
+                    let panel_b = col / I::NR * panel_floats(I::NR, depth);
+                    let panels = (
+                        packed_a
+                            .at(panel_a + from * I::A_WIDTH + row % I::A_WIDTH)
+                            .cast_const(),
+                        packed_b.at(panel_b + from * I::NR).cast_const(),
+                    );
+                    let width = I::NR.min(cols.end - col);
+                    let tile = self.c.tile((c_row, c_col), width, segment, panels, waiting);
                     // SAFETY: panels were packed for `depth` steps; the tile lies within C and, where chains wait
                     // elsewhere, within that area.
                     unsafe { I::tile(I::MR.min(rows.end - row), &tile) };

@@ -87,6 +87,73 @@ impl<'a> Output<'a> {
     }
 }
 
+/// The part of the chains that one call of a micro-kernel works through.
+#[derive(Clone, Copy)]
+pub(super) struct Segment {
+    pub depth: usize,
+    /// Whether the chains start here.
+    pub starts: bool,
+    /// Whether the chains end here.
+    pub ends: bool,
+}
+
+impl Output<'_> {
+    /// Pointer to an element.
+    pub fn at(&self, row: usize, col: usize) -> *mut f32 {
+        self.pointer.wrapping_add(row * self.stride + col)
+    }
+
+    /// Ends one chain: adds the bias, then the old value where the product accumulates, and writes the element.
+    ///
+    /// # Safety
+    /// The element lies within C, and no other thread uses it.
+    pub unsafe fn finish(&self, row: usize, col: usize, chain: f32) {
+        // SAFETY: the caller's; the bias has one value per column of C.
+        unsafe {
+            let value = if self.bias.is_null() {
+                chain
+            } else {
+                chain + *self.bias.add(col)
+            };
+            let out = self.at(row, col);
+            *out = if self.accumulate { *out + value } else { value };
+        }
+    }
+
+    /// The micro-tile at (row, col) of C, `cols` wide. `panels` are the places of its operands, `waiting` is where its
+    /// chains wait between segments, with the row stride there.
+    pub fn tile(
+        &self,
+        (row, col): (usize, usize),
+        cols: usize,
+        segment: Segment,
+        panels: (*const f32, *const f32),
+        waiting: (*mut f32, usize),
+    ) -> Tile {
+        let Segment {
+            depth,
+            starts,
+            ends,
+        } = segment;
+        Tile {
+            depth,
+            a: panels.0,
+            b: panels.1,
+            cols,
+            partial: if starts { std::ptr::null() } else { waiting.0 },
+            partial_stride: waiting.1,
+            out: if ends { self.at(row, col) } else { waiting.0 },
+            out_stride: if ends { self.stride } else { waiting.1 },
+            bias: if ends && !self.bias.is_null() {
+                self.bias.wrapping_add(col)
+            } else {
+                std::ptr::null()
+            },
+            accumulate: ends && self.accumulate,
+        }
+    }
+}
+
 /// One call of a micro-kernel: up to `MR` x `NR` chains over `depth` steps.
 ///
 /// Chains start at 0 or at `partial`. At the end the bias is added if it is not null, then the old content of `out` if
@@ -109,7 +176,12 @@ pub(super) struct Tile {
     pub accumulate: bool,
 }
 
-/// One instruction set's micro-kernel and packing.
+/// Rows of A that [`Isa::dots`] takes, as lanes.
+pub(super) const DOT_LANES: usize = 8;
+/// Rows of B that [`Isa::dots`] takes at once: chains enough to hide the latency of a multiply-add.
+pub(super) const DOT_ROWS: usize = 8;
+
+/// One instruction set's micro-kernels and packing.
 pub(super) trait Isa {
     /// Rows of a micro-tile.
     const MR: usize;
@@ -126,6 +198,22 @@ pub(super) trait Isa {
     /// The CPU has the instructions; the panels hold `depth` steps; `partial`, `out` and `bias` are null or valid for
     /// the rows and columns of the tile, and nobody else uses that part of `out`.
     unsafe fn tile(rows: usize, tile: &Tile);
+
+    /// Chains of up to `DOT_LANES` rows of A with `rows` (1..=`DOT_ROWS`) rows of B: `chains[j][l]` becomes the chain of
+    /// `lanes[k * DOT_LANES + l]` and `b[j * stride + k]` over k. With `fetch`, the rows after these, which need not exist, are
+    /// fetched into L2 meanwhile.
+    ///
+    /// # Safety
+    /// The CPU has the instructions; the rows of B and the lanes are readable for `depth` steps.
+    unsafe fn dots(
+        rows: usize,
+        b: *const f32,
+        stride: usize,
+        lanes: *const f32,
+        depth: usize,
+        fetch: bool,
+        chains: &mut [[f32; DOT_LANES]; DOT_ROWS],
+    );
 
     /// Packs a panel of A from an operand along depth: `dst[k * A_WIDTH + i] = src[i * stride + k]` for
     /// `i < width` and `k < depth`. What lies between `width` and `A_WIDTH` is left as it is. Where `ahead` is not 0, the elements that many

@@ -23,6 +23,7 @@ mod avx2;
 mod avx512;
 mod blocked;
 mod column_sum;
+mod direct;
 mod isa;
 mod pack;
 mod plan;
@@ -144,7 +145,9 @@ impl Kernels {
 }
 
 fn multiply<I: Isa>(pool: &Pool, size: Size, a: Operand, b: Operand, c: Output) {
-    if thin::fits(size, a, b) {
+    if direct::fits(size, a, b) {
+        direct::multiply::<I>(pool, size, a, b, c);
+    } else if thin::fits(size, a, b) {
         thin::multiply::<I>(pool, size, a, b, c);
     } else {
         blocked::multiply::<I>(pool, size, a, b, c);

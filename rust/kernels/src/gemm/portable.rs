@@ -1,7 +1,7 @@
 //! The portable micro-kernel: arrays that the compiler vectorises for the target's baseline.
 #![allow(unsafe_code)]
 
-use super::isa::{Isa, Tile, packing};
+use super::isa::{DOT_LANES, DOT_ROWS, Isa, Tile, packing};
 use super::pack::Transpose;
 use crate::simd::multiply_add;
 
@@ -75,6 +75,29 @@ unsafe fn kernel<const R: usize>(tile: &Tile) {
     }
 }
 
+#[inline(always)]
+unsafe fn dots<const R: usize>(
+    b: *const f32,
+    stride: usize,
+    lanes: *const f32,
+    depth: usize,
+    chains: &mut [[f32; DOT_LANES]; DOT_ROWS],
+) {
+    let mut acc = [[0.0_f32; DOT_LANES]; R];
+    for k in 0..depth {
+        // SAFETY: the caller's: see `Isa::dots`.
+        let lanes = unsafe { lanes.add(k * DOT_LANES).cast::<[f32; DOT_LANES]>().read() };
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let b = unsafe { *b.add(r * stride + k) };
+            for (acc, lane) in acc.iter_mut().zip(lanes) {
+                *acc = multiply_add(lane, b, *acc);
+            }
+        }
+    }
+    chains[..R].copy_from_slice(&acc);
+}
+
 impl Isa for Portable {
     const MR: usize = MR;
     const A_WIDTH: usize = A_WIDTH;
@@ -89,6 +112,30 @@ impl Isa for Portable {
                 2 => kernel::<2>(tile),
                 3 => kernel::<3>(tile),
                 _ => kernel::<MR>(tile),
+            }
+        }
+    }
+
+    unsafe fn dots(
+        rows: usize,
+        b: *const f32,
+        stride: usize,
+        lanes: *const f32,
+        depth: usize,
+        _fetch: bool,
+        chains: &mut [[f32; DOT_LANES]; DOT_ROWS],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            match rows {
+                1 => dots::<1>(b, stride, lanes, depth, chains),
+                2 => dots::<2>(b, stride, lanes, depth, chains),
+                3 => dots::<3>(b, stride, lanes, depth, chains),
+                4 => dots::<4>(b, stride, lanes, depth, chains),
+                5 => dots::<5>(b, stride, lanes, depth, chains),
+                6 => dots::<6>(b, stride, lanes, depth, chains),
+                7 => dots::<7>(b, stride, lanes, depth, chains),
+                _ => dots::<DOT_ROWS>(b, stride, lanes, depth, chains),
             }
         }
     }
