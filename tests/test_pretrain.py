@@ -119,6 +119,15 @@ def test_the_top_of_the_folder_is_the_best_model_and_the_checkpoint_the_last(con
     assert any((top[name] != last[name]).any() for name in top)
 
 
+def test_a_line_has_the_mean_loss_of_the_steps_since_the_line_before(config, tmp_path):
+    config = dataclasses.replace(config, max_steps=12, sample_tokens=0)
+    each = pretrain(dataclasses.replace(config, logging_steps=1, output=str(tmp_path / "each")), quiet=True).history
+    some = pretrain(dataclasses.replace(config, logging_steps=4, output=str(tmp_path / "some")), quiet=True).history
+    losses = [line["loss"] for line in each if "loss" in line]
+    means = [line["loss"] for line in some if "loss" in line]
+    assert means == pytest.approx([np.mean(losses[i : i + 4]) for i in (0, 4, 8)], rel=1e-12)
+
+
 def test_the_result_opens_as_a_model(config):
     result = pretrain(config, quiet=True)
     model = load_model(result.output)
@@ -166,6 +175,11 @@ def test_documents_given_by_a_program_are_enough_also_to_resume(config, tmp_path
     facts = json.loads((result.output / "run.json").read_bytes())["data"]
     assert facts["windows"] == "packed"
     assert facts["num_documents"] == 300
+    # The documents are read in their order, once an epoch, also after the resume.
+    cursor = json.loads((result.output / "checkpoint-60" / "trainer_state.json").read_bytes())["cursor"]
+    epochs = [line["epoch"] for line in result.history if "epoch" in line]
+    assert cursor["epoch"] + cursor["index"] / 300 == pytest.approx(epochs[-1], abs=0.2)
+    assert epochs[-1] > 1.5
 
 
 def test_the_result_does_not_depend_on_how_a_step_is_divided(config, tmp_path):

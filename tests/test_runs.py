@@ -76,6 +76,26 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-7"]
 
 
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, points, monkeypatch):
+    """A power cut is not a kill: what was not synced may be gone. Each file, the folder, and at last the folder above are synced."""
+    synced: list[int] = []
+    at_rename: list[int] = []
+    real = os.fsync
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    durable.crash_points.append(
+        lambda name: at_rename.extend(synced) if name == "checkpoint-1: before rename" else None
+    )
+    path = write(tmp_path, 1)
+    assert {file.stat().st_ino for file in [path, *path.iterdir()]} <= set(at_rename)
+    assert synced[-1] == tmp_path.stat().st_ino
+    assert len(synced) > len(at_rename)
+
+
 FILES = ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json", "manifest.json"]
 
 

@@ -118,7 +118,10 @@ class PlainDisplay:
 
     def update(self, status: Status) -> None:
         now = time.monotonic()
-        due = status.step - self._shown_step >= self._total / _PLAIN_LINES_A_RUN or now - self._shown_at >= _HEARTBEAT_S
+        heartbeat = now - self._shown_at >= _HEARTBEAT_S
+        # Without a loss this is a sign of life during something else than a step.
+        advanced = status.loss is not None and status.step - self._shown_step >= self._total / _PLAIN_LINES_A_RUN
+        due = advanced or heartbeat
         at_the_end = status.step == self._total != self._shown_step
         if (due and now - self._shown_at >= 1.0) or at_the_end:
             self._shown_step, self._shown_at = status.step, now
