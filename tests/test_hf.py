@@ -219,7 +219,8 @@ def test_files_are_as_the_ecosystem_expects(tmp_path: Path) -> None:
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["__metadata__"] == {"format": "pt", "ingot_version": ingot.__version__}
     assert "lm_head.weight" not in header
-    assert header["transformer.h.0.attn.c_attn.weight"]["shape"] == [21, 63]
+    width = config.hidden_size
+    assert header["transformer.h.0.attn.c_attn.weight"]["shape"] == [width, 3 * width]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     first = raw
     native(config, perturbed(config)).save(tmp_path)
@@ -287,6 +288,7 @@ def reconfigure(folder: Path, **fields: Any) -> None:
 
 
 NORM = "model.norm.weight"
+WIDTH = SHAPES["llama"].hidden_size
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,7 @@ NORM = "model.norm.weight"
     [
         (lambda w: w.pop(NORM), f"missing: {NORM}. Save the model again"),
         (lambda w: w.update({"model.extra.weight": w[NORM]}), "surplus: model.extra.weight."),
-        (lambda w: w.update({NORM: w[NORM][:-1]}), f"wrong shape: {NORM} is [21], not [22]"),
+        (lambda w: w.update({NORM: w[NORM][:-1]}), f"wrong shape: {NORM} is [{WIDTH - 1}], not [{WIDTH}]"),
         (lambda w: w.update({"norm.weight": w[NORM]}), f"{NORM} and norm.weight are the same weight"),
         (lambda w: w.update({NORM: w[NORM].astype(np.int32)}), f"{NORM} is stored as I32; float types alone"),
         (lambda w: [w.pop(name) for name in list(w)[:6]], " and 2 more. Save the model again"),
