@@ -13,7 +13,6 @@ from typing import Final
 
 from ingot.world.grammar import Entity, Facts, Move, Request, log_probability
 from ingot.world.vocabulary import (
-    CLOSINGS,
     ENCOUNTERS,
     ENDINGS,
     PEOPLE,
@@ -47,7 +46,7 @@ _THING_MOVES = re.compile(rf"Someone {_one_of(THING_VERBS)} the {_THING} to the 
 _ENCOUNTER = re.compile(
     "They (?:" + "|".join(f"({verb}) a {_one_of(words)}" for verb, words in ENCOUNTERS.values()) + r")\."
 )
-_CLOSING = re.compile(rf"{_one_of(CLOSINGS)} {_PERSON}(?: and {_PERSON})? {_one_of(_ENDING_OF)}\.")
+_CLOSING = re.compile(rf"The end was {_one_of(ENDINGS)}: {_PERSON}(?: and {_PERSON})? {_one_of(_ENDING_OF)}\.")
 _SENTENCES = (_OPENING, _FRIEND, _PERSON_MOVES, _THING_MOVES, _ENCOUNTER, _CLOSING)
 
 
@@ -100,13 +99,13 @@ def parse_story(text: str) -> Facts | None:
         if move is None:
             return None
         made.append(move)
-    adverb, subject, companion, last_word = closed.groups()
-    if subject != who or companion not in (None, friend_name):
+    ending, subject, companion, last_word = closed.groups()
+    if subject != who or companion not in (None, friend_name) or _ENDING_OF[last_word] != ending:
         return None
     verb, word = (group for group in encountered.groups() if group is not None)
     return Facts(
         time, who, place, thing, friend_name, friend_place, tuple(made),
-        _ENCOUNTER_OF[verb, word], word, adverb, companion is not None, _ENDING_OF[last_word], last_word,
+        _ENCOUNTER_OF[verb, word], word, companion is not None, ending, last_word,
     )  # fmt: skip
 
 
@@ -125,7 +124,7 @@ def check(text: str, request: Request) -> Check:
         "who": opened is not None and opened[2] == request.who and (closed is None or closed[2] == request.who),
         "where": opened is not None and opened[3] == request.place,
         "thing": opened is not None and opened[4] == request.thing,
-        "ending": closed is not None and _ENDING_OF[closed[4]] == request.ending,
+        "ending": closed is not None and closed[1] == _ENDING_OF[closed[4]] == request.ending,
     }
     facts = parse_story(text)
     return Check(

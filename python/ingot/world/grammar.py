@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 
 from ingot.world.vocabulary import (
-    CLOSINGS,
     ENCOUNTERS,
     ENDINGS,
     PEOPLE,
@@ -45,7 +44,7 @@ _ENDING_KINDS = tuple(ENDINGS)
 
 CHUNK = 256
 """Stories whose random words are drawn at once, because that is ten times as fast."""
-# One story takes at most 23.
+# One story takes at most 22.
 _WORDS_PER_STORY = 32
 _STREAMS: dict[Split, int] = {"train": 1, "held_out": 2}
 _MASK = (1 << 64) - 1
@@ -93,7 +92,6 @@ class Facts:
     encounter: str
     """Kind of encounter, a key of ``ENCOUNTERS``."""
     encountered: str
-    closing: str
     together: bool
     """Whether the last sentence tells of the friend too."""
     ending: str
@@ -127,7 +125,7 @@ class Facts:
                 sentences.append(f"{self.name(move.entity)} {move.verb} to the {move.place}.")
         sentences.append(f"They {ENCOUNTERS[self.encounter][0]} a {self.encountered}.")
         subject = f"{self.who} and {self.friend}" if self.together else self.who
-        sentences.append(f"{self.closing} {subject} {self.last_word}.")
+        sentences.append(f"The end was {self.ending}: {subject} {self.last_word}.")
         return " ".join(sentences)
 
 
@@ -186,7 +184,7 @@ def log_probability(request: Request, facts: Facts) -> float:
     for number, move in enumerate(facts.moves):
         verbs = THING_VERBS if move.entity == "thing" else PERSON_VERBS
         choices += [len(ENTITIES), len(verbs), len(PLACES) - 2 - number]
-    choices += [len(_ENCOUNTERS), len(CLOSINGS), 2, len(ENDINGS[facts.ending])]
+    choices += [len(_ENCOUNTERS), 2, len(ENDINGS[facts.ending])]
     return -math.fsum(map(math.log, choices))
 
 
@@ -241,12 +239,11 @@ def _tell(words: list[int], split: Split) -> Story:
         verbs = THING_VERBS if entity == "thing" else PERSON_VERBS
         moves.append(Move(entity, verbs[below(len(verbs))], places.pop(below(len(places)))))
     encounter, encountered = _ENCOUNTERS[below(len(_ENCOUNTERS))]
-    closing = CLOSINGS[below(len(CLOSINGS))]
     together = below(2) == 1
     last_words = ENDINGS[ending]
     last_word = last_words[below(len(last_words))]
     facts = Facts(
         time, who, place, thing, friend, friend_place, tuple(moves),
-        encounter, encountered, closing, together, ending, last_word,
+        encounter, encountered, together, ending, last_word,
     )  # fmt: skip
     return Story(Request(reader, who, thing, place, ending), facts, choices.log_probability)

@@ -30,8 +30,6 @@ PERSON_VERBS: Final = ("went", "ran", "walked", "hurried")
 THING_VERBS: Final = ("took", "moved", "carried", "brought")
 """How someone gets a thing to a place."""
 
-CLOSINGS: Final = ("In the end", "At last", "Then", "Later")
-
 ENDINGS: Final[dict[str, tuple[str, ...]]] = {
     "happy": ("laughed", "danced", "cheered", "sang"),
     "sad": ("cried", "wept", "sighed", "mourned"),
