@@ -76,20 +76,20 @@ class Row:
 
 
 def generated(num_bytes: int) -> str:
-    """Words drawn by Zipf's law, with punctuation, numbers and line ends."""
+    """Words of syllables drawn by Zipf's law, frequent ones short, with punctuation, numbers and line ends."""
     rng = random.Random(0)
-    alphabets = [
-        "etaoinshrdlucmfwypvbgkjqxz",
-        "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъё",
-        "的一是不了人我在有他这中大来上国",
-        "0123456789",
+    scripts = [
+        ("bcdfghjklmnprstvwy", "aeiou"),
+        ("бвгдзклмнпрстхшч", "аеиоуы"),
+        ("的一是不了人我在有他这中", "大来上国个到说们为子和你"),
     ]
     words = []
-    for _ in range(30_000):
-        alphabet = rng.choices(alphabets, weights=[16, 2, 1, 1])[0]
-        words.append("".join(rng.choice(alphabet) for _ in range(min(1 + int(rng.expovariate(0.25)), 20))))
+    for rank in range(1, 20_001):
+        first, second = rng.choices(scripts, weights=[16, 2, 1])[0]
+        syllables = [rng.choice(first) + rng.choice(second) for _ in range(rng.randint(1, 1 + rank.bit_length() // 4))]
+        words.append("".join(syllables) + rng.choice(["", "n", "s", "t"]) * (first[0] == "b"))
     weights = [1 / rank for rank in range(1, len(words) + 1)]
-    ends = ["", "", "", "", "", ",", ".", "!\n", "'s", ";\n\n", "  ", " ("]
+    ends = [*[""] * 12, ",", ".", "!\n", "'s", ";\n\n", "  ", " (", " 1984"]
     out: list[str] = []
     size = 0
     while size < num_bytes:

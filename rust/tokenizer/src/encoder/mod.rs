@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) use added_tokens::Matcher;
 use merging::{Scratch, merge_piece};
 use pair_table::PairTable;
-use piece_cache::{PieceCache, SHORT_TOKENS};
+use piece_cache::{Known, LongPieces, SHORT_TOKENS, ShortPieces};
 pub(crate) use recover::merges_of_ranks;
 
 use crate::error::Result;
@@ -39,7 +39,8 @@ pub(crate) struct Encoder {
 
 /// What one thread needs.
 struct Worker {
-    cache: PieceCache,
+    short: ShortPieces,
+    long: LongPieces,
     scratch: Scratch,
     /// Tokens of the piece at hand.
     piece: Vec<u32>,
@@ -52,6 +53,19 @@ struct Ids {
 }
 
 impl Ids {
+    /// Room for the ids of this much text, as a first guess.
+    fn for_bytes(num_bytes: usize) -> Self {
+        Self {
+            slots: vec![0; num_bytes / 3 + 2 * SHORT_TOKENS],
+            len: 0,
+        }
+    }
+
+    fn into_vec(mut self) -> Vec<u32> {
+        self.slots.truncate(self.len);
+        self.slots
+    }
+
     #[inline(always)]
     fn push_group(&mut self, group: [u32; SHORT_TOKENS], count: usize) {
         self.reserve(SHORT_TOKENS);
@@ -102,23 +116,36 @@ impl Encoder {
 
     /// The ids of one text, with the matcher's tokens found in it.
     pub fn encode(&self, text: &[u8], added: &Matcher, tick: &mut Tick<'_>) -> Result<Vec<u32>> {
-        let mut ids = Ids {
-            slots: vec![0; text.len() / 3 + 8],
-            len: 0,
-        };
+        let (ids, _) = self.encode_in_turn(&[text], text.len(), added, &mut Ticker::new(tick))?;
+        Ok(ids)
+    }
+
+    /// Encode texts one after the other on this thread, straight into one array.
+    fn encode_in_turn(
+        &self,
+        texts: &[&[u8]],
+        num_bytes: usize,
+        added: &Matcher,
+        ticker: &mut Ticker<'_, '_>,
+    ) -> Result<(Vec<u32>, Vec<i64>)> {
+        let mut ids = Ids::for_bytes(num_bytes);
+        let mut offsets = Vec::with_capacity(texts.len() + 1);
+        offsets.push(0);
         let mut worker = self.borrow_worker();
-        if text.len() <= PART {
-            self.encode_part(text, added, &mut worker, &mut ids);
-        } else {
-            let mut ticker = Ticker::new(tick);
-            for part in parts(text, added) {
-                self.encode_part(part, added, &mut worker, &mut ids);
+        for text in texts {
+            if text.len() <= PART {
+                self.encode_part(text, added, &mut worker, &mut ids);
                 ticker.poll()?;
+            } else {
+                for part in parts(text, added) {
+                    self.encode_part(part, added, &mut worker, &mut ids);
+                    ticker.poll()?;
+                }
             }
+            offsets.push(ids.len as i64);
         }
         self.give_back([worker]);
-        ids.slots.truncate(ids.len);
-        Ok(ids.slots)
+        Ok((ids.into_vec(), offsets))
     }
 
     /// The ids of many texts, one after the other, and where each text's ids start: [texts + 1].
@@ -135,23 +162,22 @@ impl Encoder {
         } else {
             threads.max(1)
         };
-        let jobs = make_jobs(texts, added);
         let mut ticker = Ticker::new(tick);
+        if threads == 1 {
+            return self.encode_in_turn(texts, num_bytes, added, &mut ticker);
+        }
+        let jobs = make_jobs(texts, added);
         let mut workers: Vec<Worker> = (0..threads.min(jobs.len()).max(1))
             .map(|_| self.borrow_worker())
             .collect();
         let encode_job = |worker: &mut Worker, job: &Job<'_>| {
-            let mut ids = Ids {
-                slots: vec![0; job.num_bytes() / 3 + 8],
-                len: 0,
-            };
+            let mut ids = Ids::for_bytes(job.num_bytes());
             let ends = job.parts.iter().map(|part| {
                 self.encode_part(part, added, worker, &mut ids);
                 ids.len
             });
             let ends: Vec<usize> = ends.collect();
-            ids.slots.truncate(ids.len);
-            (ids.slots, ends)
+            (ids.into_vec(), ends)
         };
         let results = parallel::map(&jobs, &mut workers, &mut ticker, encode_job)?;
         self.give_back(workers);
@@ -183,26 +209,36 @@ impl Encoder {
     /// Encode text between two added tokens.
     fn encode_stretch(&self, text: &[u8], worker: &mut Worker, ids: &mut Ids) {
         self.pattern.for_each_piece(text, |start, end| {
-            if end - start <= SHORT_PIECE {
-                let key = short_key(text, start, end);
-                let set = PieceCache::set_of(key);
-                if let Some((tokens, count)) = worker.cache.get_short(set, key) {
-                    ids.push_group(tokens, count);
-                } else {
-                    self.encode_new_piece(&text[start..end], worker);
-                    worker.cache.insert_short(set, key, &worker.piece);
+            if end - start > SHORT_PIECE {
+                self.encode_long_piece(&text[start..end], worker, ids);
+                return;
+            }
+            let key = short_key(text, start, end);
+            match worker.short.get(key) {
+                Known::Tokens(tokens, count) => ids.push_group(tokens, count),
+                Known::Many => self.encode_long_piece(&text[start..end], worker, ids),
+                Known::Nothing => {
+                    let piece = &text[start..end];
+                    self.encode_new_piece(piece, worker);
+                    if !worker.short.insert(key, &worker.piece) {
+                        worker.long.insert(piece, &worker.piece);
+                    }
                     ids.extend(&worker.piece);
                 }
-            } else {
-                let piece = &text[start..end];
-                worker.piece.clear();
-                if !worker.cache.get_long(piece, &mut worker.piece) {
-                    self.encode_new_piece(piece, worker);
-                    worker.cache.insert_long(piece, &worker.piece);
-                }
-                ids.extend(&worker.piece);
             }
         });
+    }
+
+    /// Encode a piece that is long or has many tokens.
+    #[inline(never)]
+    fn encode_long_piece(&self, piece: &[u8], worker: &mut Worker, ids: &mut Ids) {
+        if let Some(tokens) = worker.long.get(piece) {
+            ids.extend(tokens);
+            return;
+        }
+        self.encode_new_piece(piece, worker);
+        worker.long.insert(piece, &worker.piece);
+        ids.extend(&worker.piece);
     }
 
     /// The tokens of a piece, into `worker.piece`.
@@ -225,7 +261,8 @@ impl Encoder {
     fn borrow_worker(&self) -> Worker {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         idle.pop().unwrap_or_else(|| Worker {
-            cache: PieceCache::new(),
+            short: ShortPieces::new(),
+            long: LongPieces::default(),
             scratch: Scratch::default(),
             piece: Vec::new(),
         })

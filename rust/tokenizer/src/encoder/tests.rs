@@ -128,40 +128,53 @@ fn merges_come_back_from_ranks_only_where_every_token_is_one_merge() {
 }
 
 #[test]
-fn the_cache_gives_back_what_it_was_given() {
-    let mut cache = PieceCache::new();
-    let key = short_key(b"piece of text that goes on", 0, 15);
-    let set = PieceCache::set_of(key);
-    assert_eq!(cache.get_short(set, key), None);
-    cache.insert_short(set, key, &[(1 << 28) - 1, 2, 3]);
+fn short_pieces_are_remembered_until_newer_ones_push_them_out() {
+    let mut cache = ShortPieces::new();
+    let key = |number: u64| short_key(format!("piece {number:09}").as_bytes(), 0, 15);
+    assert_eq!(cache.get(key(0)), Known::Nothing);
+    assert!(cache.insert(key(0), &[(1 << 28) - 1, 2, 3]));
     assert_eq!(
-        cache.get_short(set, key),
-        Some(([(1 << 28) - 1, 2, 3, 0], 3))
+        cache.get(key(0)),
+        Known::Tokens([(1 << 28) - 1, 2, 3, 0], 3)
     );
-    // Five tokens have no room, and a set has room for two pieces: the third pushes the first out.
-    cache.insert_short(set, key + 1, &[1, 2, 3, 4, 5]);
-    assert_eq!(cache.get_short(set, key + 1), None);
-    cache.insert_short(set, key + 2, &[7]);
-    assert_eq!(cache.get_short(set, key).map(|(_, count)| count), Some(3));
-    cache.insert_short(set, key + 3, &[8]);
-    assert_eq!(cache.get_short(set, key), None);
-    assert_eq!(cache.get_short(set, key + 3), Some(([8, 0, 0, 0], 1)));
+    assert!(!cache.insert(key(1), &[1, 2, 3, 4, 5]));
+    assert_eq!(cache.get(key(1)), Known::Many);
+    // The table grows: what was there stays, until it is as large as it gets.
+    for number in 2..20_000 {
+        assert!(cache.insert(key(number), &[number as u32, 1]));
+    }
+    let known = |cache: &ShortPieces, number: u64| {
+        let tokens = cache.get(key(number));
+        assert!(tokens == Known::Nothing || tokens == Known::Tokens([number as u32, 1, 0, 0], 2));
+        tokens != Known::Nothing
+    };
+    let kept = (2..20_000).filter(|&number| known(&cache, number)).count();
+    assert!(kept > 16_000, "{kept}");
+    for number in 20_000..400_000 {
+        cache.insert(key(number), &[number as u32, 1]);
+        assert!(known(&cache, number));
+    }
+    let kept = (2..400_000).filter(|&number| known(&cache, number)).count();
+    assert!((100_000..=1 << 17).contains(&kept), "{kept}");
 }
 
 #[test]
-fn long_pieces_survive_until_the_table_starts_afresh() {
-    let mut cache = PieceCache::new();
-    let mut out = Vec::new();
-    for round in 0..30_000u32 {
-        let piece = format!("a piece that is rather long, number {round}");
-        cache.insert_long(piece.as_bytes(), &[round, 1]);
-        out.clear();
-        assert!(cache.get_long(piece.as_bytes(), &mut out));
-        assert_eq!(out, [round, 1]);
+fn long_pieces_are_remembered_until_the_table_starts_afresh() {
+    let mut cache = LongPieces::default();
+    let piece = |number: u32| format!("a piece that is rather long, number {number}").into_bytes();
+    for number in 0..300_000 {
+        cache.insert(&piece(number), &[number, 1]);
+        assert_eq!(cache.get(&piece(number)), Some(&[number, 1][..]));
+        if number == 1000 {
+            let kept = (0..1000)
+                .filter(|&number| cache.get(&piece(number)) == Some(&[number, 1]))
+                .count();
+            assert!(kept > 600, "{kept}");
+        }
     }
-    assert!(!cache.get_long(b"a piece that was never there", &mut out));
-    cache.insert_long(&[b'x'; 300], &[1]);
-    assert!(!cache.get_long(&[b'x'; 300], &mut out));
+    assert_eq!(cache.get(b"a piece that was never there"), None);
+    cache.insert(&[b'x'; 300], &[1]);
+    assert_eq!(cache.get(&[b'x'; 300]), None);
 }
 
 #[test]
