@@ -16,7 +16,7 @@ from ingot.world import documents
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORTER = {"--max-steps": "4", "--max-time": "20s", "--max-new-tokens": "8"}
+SHORTER = {"--max-steps": "4", "--max-time": "20m", "--max-new-tokens": "8", "--vocab-size": "400"}
 
 
 def blocks(language: str) -> list[str]:
@@ -35,6 +35,8 @@ def shortened(words: list[str]) -> list[str]:
     cut = [SHORTER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     if words[:2] == ["ingot", "pretrain"] and "--max-steps" not in words and "--max-time" not in words:
         cut += ["--max-steps", "4" if "--resume" not in words else "6"]
+    if words[:2] == ["ingot", "pretrain"] and "--recipe" in words:
+        cut += ["--vocab-size", "256" if "shakespeare" in " ".join(words) else "400"]
     if words[:2] == ["ingot", "demo"]:
         cut += ["--max-steps", "4"]
     return cut
