@@ -7,17 +7,29 @@
 
 use std::time::Instant;
 
-use ingot_kernels::{Kernels, Level, Mat, MatMut, Pool, measured_peak};
+use ingot_kernels::{Buffer, Kernels, Level, Mat, MatMut, Pool, measured_peak};
 
-fn numbers(seed: u64, len: usize) -> Vec<f32> {
+/// Random numbers in aligned memory, as parameters and activations have it.
+fn numbers(seed: u64, len: usize) -> Buffer {
     let mut state = seed;
-    let mut next = || {
+    let mut buffer = Buffer::zeroed(len);
+    for x in buffer.iter_mut() {
         state = state
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
+        *x = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
+    }
+    buffer
+}
+
+/// Time of one call of the pool with an empty item per thread, in microseconds.
+fn pool_call_us(pool: &Pool) -> f64 {
+    const CALLS: u32 = 1000;
+    let start = Instant::now();
+    for _ in 0..CALLS {
+        pool.for_index(false, pool.threads(), 0, |_, _| {});
+    }
+    start.elapsed().as_secs_f64() * 1e6 / f64::from(CALLS)
 }
 
 /// One linear layer applied to a number of tokens: x `[tokens, inputs]`, weight `[outputs, inputs]`.
@@ -48,18 +60,18 @@ impl Layer {
     fn measure(&self, product: Product, kernels: Kernels, pool: &Pool) -> f64 {
         let (m, n, k) = self.size(product);
         let (a, b) = (numbers(1, m * k), numbers(2, n * k));
-        let mut c = vec![0.0; m * n];
+        let mut c = Buffer::zeroed(m * n);
         let run = |c: &mut [f32]| {
             let c = MatMut::new(c, m, n);
             match product {
                 Product::Forward => {
-                    kernels.gemm_nt(pool, Mat::new(&a, m, k), Mat::new(&b, n, k), c, None, false)
+                    kernels.gemm_nt(pool, Mat::new(&a, m, k), Mat::new(&b, n, k), c, None, false);
                 }
                 Product::InputGradient => {
-                    kernels.gemm_nn(pool, Mat::new(&a, m, k), Mat::new(&b, k, n), c, false)
+                    kernels.gemm_nn(pool, Mat::new(&a, m, k), Mat::new(&b, k, n), c, false);
                 }
                 Product::WeightGradient => {
-                    kernels.gemm_tn(pool, Mat::new(&a, k, m), Mat::new(&b, k, n), c, true)
+                    kernels.gemm_tn(pool, Mat::new(&a, k, m), Mat::new(&b, k, n), c, true);
                 }
             }
         };
@@ -126,6 +138,7 @@ fn main() {
         "level {level}, {threads} threads; peak {:.0} GF/s, read {:.1} GB/s",
         peak.gflops, peak.read_gbps
     );
+    println!("one call of the pool: {:.1} us", pool_call_us(&pool));
     println!("GF/s (share of peak), packing included");
     println!(
         "{:>24} {:>14} {:>14} {:>14}",

@@ -17,8 +17,8 @@ pub struct MeasuredPeak {
 
 /// Independent chains: enough to hide the latency of a multiply-add on any current CPU.
 const CHAINS: usize = 12;
-/// Steps of each chain per item.
-const STEPS: usize = 200_000;
+/// Steps of each chain per item: short runs, so that some of them escape other load on the machine.
+const STEPS: usize = 20_000;
 /// Floats per reading item, and their total: larger than the last cache of most machines.
 const READ_ITEM: usize = 1 << 18;
 const READ_TOTAL: usize = 24 << 20;

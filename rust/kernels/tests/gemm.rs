@@ -17,7 +17,7 @@ fn levels() -> Vec<Kernels> {
     Level::ALL.into_iter().filter_map(Kernels::new).collect()
 }
 
-/// Numbers in (-1, 1), some of them exact zeros, from a 64-bit mixing function (Steele et al. 2014, SplitMix64).
+/// Numbers in (-1, 1), some of them exact zeros, from a 64-bit mixing function (Steele et al. 2014, `SplitMix64`).
 fn numbers(seed: u64, len: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (0..len)
@@ -26,7 +26,7 @@ fn numbers(seed: u64, len: usize) -> Vec<f32> {
             let mut z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             z ^= z >> 31;
-            if z & 31 == 0 {
+            if z.is_multiple_of(32) {
                 0.0
             } else {
                 (z >> 40) as f32 / (1 << 23) as f32 - 1.0
@@ -99,7 +99,7 @@ impl Case {
         let (a, b) = (self.data(0, a_rows, a_cols), self.data(1, b_rows, b_cols));
         let a = Mat::with_stride(&a, a_rows, a_cols, a_cols + self.gap);
         let b = Mat::with_stride(&b, b_rows, b_cols, b_cols + self.gap);
-        let bias = numbers(self.seed ^ 77, self.n);
+        let bias = numbers(self.seed + 77, self.n);
         let bias = self.bias.then_some(&bias[..]);
         let mut out = self.initial_c();
         let c = MatMut::with_stride(&mut out, self.m, self.n, self.n + self.gap);
@@ -143,7 +143,7 @@ impl Case {
         let at = |data: &[f32], cols: usize, i: usize, j: usize| {
             f64::from(data[i * (cols + self.gap) + j])
         };
-        let bias = numbers(self.seed ^ 77, self.n);
+        let bias = numbers(self.seed + 77, self.n);
         let before = self.initial_c();
         for kernels in levels() {
             let found = self.run(Some(kernels), kernels.level(), &pool);
@@ -237,8 +237,8 @@ fn chains_across_chunks_of_depth() {
                 for accumulate in [false, true] {
                     let bias = product == Product::Nt && k % 2 == 1;
                     Case {
-                        accumulate,
                         bias,
+                        accumulate,
                         ..Case::new(product, m, n, k)
                     }
                     .check_bits();

@@ -1,4 +1,8 @@
 //! The thread pool: every item once, panics passed on, nesting, forking, stopping.
+#![allow(
+    clippy::float_cmp,
+    reason = "values that were stored come back as they were"
+)]
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,7 +38,7 @@ fn items_may_carry_exclusive_borrows() {
     let pool = Pool::new(3);
     let mut data = vec![0_usize; 1000];
     pool.for_each(data.chunks_mut(7).enumerate().collect(), |(i, part)| {
-        part.fill(i)
+        part.fill(i);
     });
     assert!(data.iter().enumerate().all(|(i, &x)| x == i / 7));
 }
@@ -73,7 +77,7 @@ fn one_thread_means_the_caller() {
     let pool = Pool::new(1);
     let caller = std::thread::current().id();
     pool.for_each(vec![(); 10], |()| {
-        assert_eq!(std::thread::current().id(), caller)
+        assert_eq!(std::thread::current().id(), caller);
     });
     assert_eq!(Pool::new(0).threads(), 1);
 }
@@ -163,7 +167,7 @@ fn a_panic_comes_out_with_its_payload_and_the_pool_lives_on() {
         );
 
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            pool.for_index(false, 9, 4, |i, _| assert!(i != 5))
+            pool.for_index(false, 9, 4, |i, _| assert!(i != 5));
         }));
         assert!(outcome.is_err());
         let total = AtomicUsize::new(0);
