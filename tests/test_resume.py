@@ -32,6 +32,8 @@ from ingot.training.pretrain import pretrain, resume
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and forkserver are of Unix")
 
 FINAL = "checkpoint-12"
+# Only a child that hangs should reach it: on a busy machine one takes a minute.
+_PATIENCE_S = 600
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +84,13 @@ def run_child(
     process = context.Process(target=killable.child, args=(folder, kill_at, begun, log))
     process.start()
     if after_s is not None:
-        assert begun.wait(60)
+        assert begun.wait(_PATIENCE_S)
         process.join(after_s)
         if process.exitcode is None:
             # It may end by itself between these two lines.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-    process.join(120)
+    process.join(_PATIENCE_S)
     assert process.exitcode is not None, "the child hangs"
     return int(process.exitcode)
 
@@ -114,7 +116,8 @@ def snapshot(folder: Path) -> dict[str, Any]:
     taken["metrics"] = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
     state = json.loads((folder / FINAL / "trainer_state.json").read_bytes())
     taken["state"] = {k: v for k, v in state.items() if k != "elapsed_s"}
-    taken["folder"] = sorted(entry.name for entry in folder.iterdir())
+    # A kill between the last write and the release of the lock leaves the lock of a dead process, which counts for nothing.
+    taken["folder"] = sorted(entry.name for entry in folder.iterdir() if entry.name != "run.lock")
     return taken
 
 
@@ -205,13 +208,18 @@ def test_killed_at_random_moments_again_and_again(context, place, reference):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_thousand_kills(context, place, reference):
-    rng = random.Random(2)
-    kills = number = 0
-    while kills < 1000:
+    def attempt(number: int) -> int:
         folder = new_folder(place, f"thousand-{number}")
-        kills += kill_until_done(context, folder, reference, rng, 8)
+        kills = kill_until_done(context, folder, reference, random.Random(number), 8)
         assert_same(folder, reference)
-        number += 1
+        return kills
+
+    kills = number = 0
+    with ThreadPoolExecutor(2) as pool:
+        while kills < 1000:
+            kills += sum(pool.map(attempt, range(number, number + 20)))
+            number += 20
+            sys.stdout.write(f"{kills} kills in {number} runs\n")
 
 
 class StopAt(Callback):
