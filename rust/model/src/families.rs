@@ -42,7 +42,9 @@ impl Family {
         ) {
             // transformers' Llama refuses a hidden size that does not divide by the heads, whatever `head_dim` says.
             (true, AttentionBias::None | AttentionBias::Qkvo, false, _)
-                if config.hidden_size.is_multiple_of(config.num_attention_heads) =>
+                if config
+                    .hidden_size
+                    .is_multiple_of(config.num_attention_heads) =>
             {
                 Self::Llama
             }
