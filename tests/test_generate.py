@@ -134,14 +134,21 @@ def test_reasons_to_end(model: Model, tokenizer: Tokenizer) -> None:
             assert c.text == whole
 
 
-def test_learned_positions_end_a_text() -> None:
+def test_a_full_context_moves_on_to_its_second_half() -> None:
     tokenizer = ingot.Tokenizer.bytes_only()
     config = ingot.ModelConfig.gpt2(
         vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=20
     )
     model = ingot.Model(config)
     (c,) = generate(model, tokenizer, ["x" * 15], max_new_tokens=100)
-    assert (len(c.token_ids), c.finish_reason) == (5, "length")
+    assert (len(c.token_ids), c.finish_reason) == (100, "length")
+    ids = np.array([*tokenizer.encode("x" * 15), *c.token_ids], np.int32)
+    for first, last in ((0, 20), (10, 30), (20, 40)):
+        window = ids[first:last]
+        _, out = model.forward(window[:-1], np.array([0, 19]), window[1:], train=False)
+        # The first window's new tokens begin at 15; each later one's after the half that it kept.
+        new = 14 if first == 0 else 9
+        np.testing.assert_array_equal(out.logprobs[new:], c.logprobs[first + new + 1 - 15 : last - 15])
     with pytest.raises(
         ConfigError, match="prompt 1 has 20 tokens, which leaves no room in the model's 20 learned positions"
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -41,8 +42,7 @@ class Completion:
     logprobs: list[float]
     """Their log-probabilities under the full softmax at the sampling temperature (at temperature 1 where it is 0), nats."""
     finish_reason: FinishReason
-    """``end_of_text``: the model ended the document; ``stop``: a stop string appeared; ``length``: ``max_new_tokens`` were written,
-    or the learned positions of the model were used up."""
+    """``end_of_text``: the model ended the document; ``stop``: a stop string appeared; ``length``: ``max_new_tokens`` were written."""
 
 
 def generate(
@@ -71,7 +71,7 @@ def generate(
         Texts, or sequences of token ids. A text is ordinary text, whatever special tokens it spells; where the tokenizer has an
         end-of-text token, it stands before the text, as it does in training. Ids are taken as they are.
     max_new_tokens
-        Most tokens of a continuation.
+        Most tokens of a continuation. A model with learned positions that has used them up goes on from the second half of its context.
     temperature, top_k, top_p, min_p, repetition_penalty
         See :class:`ingot.Sampling`.
     stop
@@ -152,6 +152,8 @@ class _Job:
         self.prompt_index = prompt_index
         self.sample_index = sample_index
         self.room = room
+        self.window = 0
+        self.context = list(prompt_ids)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
@@ -161,8 +163,16 @@ class _Job:
 
     @property
     def sequence_id(self) -> int:
-        """Key of the random numbers: the sample's number for the first prompt, whatever the number of samples."""
-        return self.prompt_index << 32 | self.sample_index
+        """Key of the random numbers: the sample's number for the first prompt, whatever the number of samples.
+
+        Positions begin again where the context was moved on, so the number of moves belongs to the key.
+        """
+        return self.window << 52 | self.prompt_index << 32 | self.sample_index
+
+    def move_on(self, limit: int) -> None:
+        """Keep the second half of a full context of ``limit`` tokens, so that there is room to write on."""
+        self.window += 1
+        self.context = self.context[-max(1, limit // 2) :]
 
     def completion(self) -> Completion:
         """The result, once it is finished."""
@@ -224,21 +234,20 @@ class _Writing:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.end = tokenizer.eos_token_id if stop_at_end_of_text else None
+        # A model with learned positions has none beyond these.
+        self.limit = model.config.max_position_embeddings if model.config.position == "learned" else None
         # Ids that a padded vocabulary has beyond the tokenizer's: they have no text.
         self.banned_ids = np.arange(tokenizer.vocab_size, vocab_size, dtype=np.int32)
 
     def jobs(self, prompt: Prompt, index: int, samples: Sequence[int]) -> list[_Job]:
         """The samples of one prompt."""
         text, ids = self._encode(prompt, index)
-        room = self.max_new_tokens
-        if self.model.config.position == "learned":
-            room = min(room, self.model.config.max_position_embeddings - len(ids))
-        if room < 1:
+        if self.limit is not None and len(ids) >= self.limit:
             raise ConfigError(
                 f"prompt {index} has {len(ids)} tokens, which leaves no room in the model's "
-                f"{self.model.config.max_position_embeddings} learned positions: shorten it"
+                f"{self.limit} learned positions: shorten it"
             )
-        return [_Job(text, ids, index, sample, room) for sample in samples]
+        return [_Job(text, ids, index, sample, self.max_new_tokens) for sample in samples]
 
     def _encode(self, prompt: Prompt, index: int) -> tuple[str, list[int]]:
         begin = self.tokenizer.eos_token_id
@@ -262,7 +271,7 @@ class _Writing:
         if not jobs:
             return iter(())
         decoder = self.model.decoder(
-            max(len(job.prompt_ids) + job.room for job in jobs),
+            min(max(len(job.prompt_ids) + job.room for job in jobs), self.limit or sys.maxsize),
             min(batch_size, len(jobs)),
             seed=self.seed,
             banned_ids=self.banned_ids,
@@ -281,6 +290,11 @@ class _Writing:
                 if job.finish_reason is not None:
                     decoder.remove(slot)
                     del active[slot]
+                elif len(job.context) == self.limit:
+                    decoder.remove(slot)
+                    del active[slot]
+                    job.move_on(self.limit)
+                    active[decoder.add(job.context, job.sequence_id, self.sampling)] = job
                 yield job, job.final_piece(self.stop)
 
     def _admit(self, decoder: Decoder, waiting: deque[_Job], active: dict[int, _Job], capacity: int) -> None:
@@ -297,6 +311,7 @@ class _Writing:
 
     def _take(self, job: _Job, token: int, logprob: float) -> None:
         job.token_ids.append(token)
+        job.context.append(token)
         job.logprobs.append(logprob)
         if token == self.end:
             job.finish("end_of_text")
