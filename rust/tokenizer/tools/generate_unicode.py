@@ -49,7 +49,9 @@ def table(name: str, doc: str, code_points: list[int]) -> str:
     runs = [f"(0x{first:X}, 0x{last:X})," for first, last in ranges(code_points)]
     lines = ["    " + " ".join(runs[i : i + 6]) for i in range(0, len(runs), 6)]
     body = "\n".join(lines)
-    return f"\n/// {doc}: {len(code_points)} code points.\n#[rustfmt::skip]\npub const {name}: Ranges = &[\n{body}\n];\n"
+    return (
+        f"\n/// {doc}: {len(code_points)} code points.\n#[rustfmt::skip]\npub const {name}: Ranges = &[\n{body}\n];\n"
+    )
 
 
 def main() -> None:
