@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,8 @@ def compare(job: Job, peer: str, repeats: int, megabytes: float) -> Row:
     runs: dict[bool, list[Measured]] = {True: [], False: []}
     for _ in range(repeats):
         for ours in (True, False):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                runs[ours].append(pool.apply(child, (job, ours)))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                runs[ours].append(pool.submit(child, job, ours).result())
     answers = {measured.answer for both in runs.values() for measured in both}
     if len(answers) != 1:
         raise SystemExit(f"{job.text_path}: {job.work}: ingot and {peer} do not agree")
