@@ -222,9 +222,10 @@ mod tests {
 
     #[test]
     fn cl100k_glues_one_character_to_a_word_and_newlines_to_punctuation() {
-        let text = "(word) IT'S x'ſ 12345 !\r\n\n  \n  x";
+        let text = "(word) IT'S x'ſa 12345 !\r\n\n  \n  x";
         let expected = [
-            "(word", ")", " IT", "'S", " x", "'ſ", " ", "123", "45", " !\r\n\n", "  \n", " ", " x",
+            "(word", ")", " IT", "'S", " x", "'ſ", "a", " ", "123", "45", " !\r\n\n", "  \n", " ",
+            " x",
         ];
         assert_eq!(cut(Pattern::Cl100k, text), expected);
         assert_eq!(cut(Pattern::Llama3, text), expected);
