@@ -1,9 +1,10 @@
 //! What this machine can do at most, measured: the yardstick of speed reports.
 
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::arena::Buffer;
-use crate::simd::{LANES, Simd, dispatch};
+use crate::simd::{LANES, Registers, Simd, dispatch};
 use crate::{Kernels, Pool};
 
 /// Ceilings of the machine with the threads and the level given.
@@ -15,8 +16,6 @@ pub struct MeasuredPeak {
     pub read_gbps: f64,
 }
 
-/// Independent chains: enough to hide the latency of a multiply-add on any current CPU.
-const CHAINS: usize = 12;
 /// Steps of each chain per item: short runs, so that some of them escape other load on the machine.
 const STEPS: usize = 20_000;
 /// Floats per reading item, and their total: larger than the last cache of most machines.
@@ -25,18 +24,33 @@ const READ_TOTAL: usize = 24 << 20;
 /// Time for each of the two measurements.
 const BUDGET: Duration = Duration::from_millis(80);
 
+/// The multiply-adds of one item; returns their number.
 #[inline(always)]
-fn multiply_add_chains<S: Simd>(s: S, steps: usize, seed: f32) -> f32 {
+fn multiply_adds<S: Simd>(s: S, seed: f32) -> usize {
+    match S::REGISTERS {
+        Registers::Wide => chains::<S, 12>(s, seed),
+        Registers::Narrow => chains::<S, 6>(s, seed),
+        Registers::Small => chains::<S, 8>(s, seed),
+    }
+}
+
+/// `N` independent chains of 16 lanes: as many as fit in the registers beside the operand, which is enough to hide the
+/// latency of a multiply-add.
+#[inline(always)]
+fn chains<S: Simd, const N: usize>(s: S, seed: f32) -> usize {
     let factor = s.splat(seed);
-    let mut chains = [s.splat(1.0); CHAINS];
-    for _ in 0..steps {
+    let mut chains = [s.splat(1.0); N];
+    for _ in 0..STEPS {
         for chain in &mut chains {
             *chain = s.fma(*chain, factor, factor);
         }
     }
-    chains
-        .into_iter()
-        .fold(0.0, |sum, chain| sum + s.sum(chain))
+    std::hint::black_box(
+        chains
+            .into_iter()
+            .fold(0.0, |sum, chain| sum + s.sum(chain)),
+    );
+    LANES * N * STEPS
 }
 
 #[inline(always)]
@@ -67,12 +81,12 @@ fn best_time_s(mut run: impl FnMut()) -> f64 {
 pub fn measured_peak(kernels: Kernels, pool: &Pool) -> MeasuredPeak {
     let num_items = 4 * pool.threads();
     // The seed is data to the compiler; |factor| < 1 keeps the chains finite.
-    let (steps, seed) = (STEPS, std::hint::black_box(0.5_f32));
+    let seed = std::hint::black_box(0.5_f32);
+    let performed = AtomicUsize::new(0);
     let compute_s = best_time_s(|| {
         pool.for_index(false, num_items, 0, |_, _| {
-            std::hint::black_box(
-                dispatch!(kernels, multiply_add_chains(steps: usize, seed: f32) -> f32),
-            );
+            let count = dispatch!(kernels, multiply_adds(seed: f32) -> usize);
+            performed.store(count, Relaxed);
         });
     });
     let data = Buffer::zeroed(READ_TOTAL);
@@ -81,7 +95,7 @@ pub fn measured_peak(kernels: Kernels, pool: &Pool) -> MeasuredPeak {
             std::hint::black_box(dispatch!(kernels, read(x: &[f32]) -> f32));
         });
     });
-    let flops = 2 * LANES * CHAINS * STEPS * num_items;
+    let flops = 2 * performed.load(Relaxed) * num_items;
     MeasuredPeak {
         gflops: flops as f64 / compute_s / 1e9,
         read_gbps: (READ_TOTAL * 4) as f64 / read_s / 1e9,

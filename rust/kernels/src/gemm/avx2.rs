@@ -1,4 +1,4 @@
-//! The AVX2 micro-kernel: 4 x 24 chains in 12 registers, three vectors of B, one broadcast element of A.
+//! The AVX2 micro-kernel: 6 x 16 chains in 12 of the 16 registers, two vectors of B, one broadcast element of A.
 #![allow(unsafe_code)]
 #![allow(
     clippy::wildcard_imports,
@@ -11,10 +11,11 @@ use super::isa::{DOT_LANES, DOT_ROWS, Isa, Tile, packing};
 use super::pack::Transpose;
 use crate::arena::LINE;
 
-const MR: usize = 4;
-const A_WIDTH: usize = 2 * MR;
+const MR: usize = 6;
+/// A multiple of the micro-kernel's rows and of the transposition's side.
+const A_WIDTH: usize = 4 * MR;
 const LANES: usize = 8;
-const VECTORS: usize = 3;
+const VECTORS: usize = 2;
 const NR: usize = VECTORS * LANES;
 
 pub(super) struct Avx2;
@@ -227,6 +228,8 @@ unsafe fn rows<const V: usize>(rows: usize, tile: &Tile) {
             1 => kernel::<1, V>(tile),
             2 => kernel::<2, V>(tile),
             3 => kernel::<3, V>(tile),
+            4 => kernel::<4, V>(tile),
+            5 => kernel::<5, V>(tile),
             _ => kernel::<MR, V>(tile),
         }
     }
@@ -243,7 +246,6 @@ impl Isa for Avx2 {
         unsafe {
             match tile.cols.div_ceil(LANES) {
                 1 => rows::<1>(num_rows, tile),
-                2 => rows::<2>(num_rows, tile),
                 _ => rows::<VECTORS>(num_rows, tile),
             }
         }
