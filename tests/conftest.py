@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # One thread pool a process is enough beside the tests' own; set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -12,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 import ingot
+
+# A shell starts its background jobs with Ctrl-C ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ALL_LEVELS = ("portable", "avx2", "avx512")
 

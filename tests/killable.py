@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
 from pathlib import Path
 
 from ingot.configs import Architecture, PretrainConfig
@@ -54,14 +55,19 @@ def go_on(folder: Path, quiet: bool = True) -> None:
         pretrain(settings(folder), quiet=quiet)
 
 
-def child(folder: Path, kill_at: int | None, begun: object, log: Path | None) -> None:
-    """Entry of the process: at the ``kill_at``-th crash point, die. ``log`` gets the names of the points."""
+def child(folder: Path, kill_at: int | None, after_s: float | None, log: Path | None) -> None:
+    """Entry of the process: die at the ``kill_at``-th crash point, or ``after_s`` seconds after the first. ``log`` gets their names.
+
+    The process kills itself: a process id kept elsewhere might by then be another's.
+    """
     names: list[str] = []
 
     def reached(name: str) -> None:
         names.append(name)
-        if len(names) == 1:
-            begun.set()  # type: ignore[attr-defined]
+        if len(names) == 1 and after_s is not None:
+            timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
         if kill_at is not None and len(names) - 1 == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 

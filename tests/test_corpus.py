@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ingot.data import corpus as corpus_module
 from ingot.data.corpus import Corpus
 from ingot.errors import DataError
+from ingot.tokenizer import Tokenizer
 
 
 def test_a_text_file_is_one_document_of_its_very_bytes(tmp_path):
@@ -106,3 +107,20 @@ def test_missing_and_empty_places_are_found_at_once(tmp_path):
         Corpus([b"x"], separator="")
     with pytest.raises(DataError, match="document 2 is a int"):
         list(Corpus(iter(["a", 2])))
+
+
+def test_a_text_in_the_place_of_a_path_is_told_apart():
+    text = "a text where a path belongs. " * 300
+    with pytest.raises(DataError, match=r"cannot be a path \(.*\); texts are given as iter\(\[\.\.\.\]\)") as raised:
+        Corpus([text])
+    assert len(str(raised.value)) < 200
+    with pytest.raises(DataError, match="cannot be a path"):
+        Tokenizer.train([text], vocab_size=300)
+
+
+def test_surrogates_are_read_as_the_tokenizer_reads_them(tmp_path):
+    texts = ["a\ud800b", "\ud83d\ude00", "\udc00\ud800 x"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = Tokenizer.bytes_only()
+    for corpus in (Corpus(iter(texts)), Corpus(tmp_path / "a.jsonl")):
+        assert list(map(list, corpus)) == [tokenizer.encode(text) for text in texts]

@@ -435,7 +435,7 @@ def test_without_a_held_out_part_the_last_weights_are_the_result(config):
     [
         ({"data": ()}, DataError, "no text to learn from: give --data"),
         ({"data": ("nowhere.txt",)}, DataError, r"nowhere\.txt: no such file"),
-        ({"max_length": 20000}, DataError, "fewer than one window of max_length 20000"),
+        ({"max_length": 20000}, DataError, r"text\.txt: .* fewer than one window of max_length 20000"),
         ({"vocab_size": 255}, ValueError, "vocab_size 255 is too small"),
         ({"vocab_size": 100000}, ValueError, "100000"),
         ({"tokenizer": "nowhere"}, OSError, "nowhere"),

@@ -6,7 +6,6 @@ moments. Each kill is seen to land in a run that was not finished.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -80,16 +79,8 @@ def run_child(
     context, folder: Path, kill_at: int | None = None, log: Path | None = None, after_s: float | None = None
 ) -> int:
     """Exit code of a child that runs or resumes; killed at a point, or ``after_s`` seconds after its first."""
-    begun = context.Event()
-    process = context.Process(target=killable.child, args=(folder, kill_at, begun, log))
+    process = context.Process(target=killable.child, args=(folder, kill_at, after_s, log))
     process.start()
-    if after_s is not None:
-        assert begun.wait(_PATIENCE_S)
-        process.join(after_s)
-        if process.exitcode is None:
-            # It may end by itself between these two lines.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
     process.join(_PATIENCE_S)
     assert process.exitcode is not None, "the child hangs"
     return int(process.exitcode)

@@ -325,9 +325,9 @@ def test_the_lock_of_a_killed_run_is_taken_over_that_of_a_live_one_is_not(tmp_pa
 @pytest.mark.parametrize(
     ("holder", "live"),
     [
-        ({"pid": os.getpid(), "host": socket.gethostname(), "started_at": 12345.0}, False),
-        ({"pid": 2**22 + 1, "host": socket.gethostname(), "started_at": 12345.0}, False),
-        ({"pid": os.getpid(), "host": "another machine", "started_at": 12345.0}, True),
+        ({"pid": os.getpid(), "host": socket.gethostname(), "started": "12345"}, False),
+        ({"pid": 2**22 + 1, "host": socket.gethostname(), "started": "12345"}, False),
+        ({"pid": os.getpid(), "host": "another machine", "started": "12345"}, True),
         ("", False),
         ({"pid": 1}, False),
     ],
@@ -358,7 +358,7 @@ def _race(folder, start, results):
 @pytest.mark.skipif(sys.platform == "win32", reason="ends its processes by signal")
 def test_of_several_that_find_a_stale_lock_one_gets_it(tmp_path):
     context = multiprocessing.get_context("spawn")
-    stale = {"pid": 2**22 + 1, "host": socket.gethostname(), "started_at": 1.0}
+    stale = {"pid": 2**22 + 1, "host": socket.gethostname(), "started": "1"}
     (tmp_path / "run.lock").write_text(json.dumps(stale))
     start, results = context.Event(), context.Queue()
     processes = [context.Process(target=_race, args=(tmp_path, start, results)) for _ in range(4)]

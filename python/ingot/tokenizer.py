@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot import _native
-from ingot.data.corpus import Corpus
+from ingot.data.corpus import Corpus, join_surrogates
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token that ends a document, where a vocabulary has it."""
@@ -258,7 +258,7 @@ class Tokenizer:
 
     def pieces(self, text: Text) -> list[tuple[bytes, list[int]]]:
         """How an ordinary text is cut: each piece with the ids of its tokens. No token crosses the border of a piece."""
-        data = text if isinstance(text, bytes) else _repair(text).encode()
+        data = text if isinstance(text, bytes) else join_surrogates(text).encode()
         offsets = self._core.piece_offsets(data).tolist()
         pieces = [data[start:end] for start, end in itertools.pairwise(offsets)]
         return [(piece, self.encode_ordinary(piece)) for piece in pieces]
@@ -347,17 +347,12 @@ def _names(special: Special) -> list[str] | None:
     return list(special)
 
 
-def _repair(text: str) -> str:
-    """Join surrogates that make a pair; what is left alone becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _repaired(work: Callable[[Text], _ResultT], text: Text) -> _ResultT:
     try:
         return work(text)
     except UnicodeEncodeError:
         assert isinstance(text, str)
-        return work(_repair(text))
+        return work(join_surrogates(text))
 
 
 def _repaired_all(work: Callable[[list[Text]], _ResultT], texts: Iterable[Text]) -> _ResultT:
@@ -365,7 +360,7 @@ def _repaired_all(work: Callable[[list[Text]], _ResultT], texts: Iterable[Text])
     try:
         return work(texts)
     except UnicodeEncodeError:
-        return work([_repair(text) if isinstance(text, str) else text for text in texts])
+        return work([join_surrogates(text) if isinstance(text, str) else text for text in texts])
 
 
 def _count(trainer: _native.TokenizerTrainer, source: Source) -> Iterator[int]:

@@ -69,7 +69,7 @@ class Corpus:
         """The documents that hold anything."""
         for number, document in enumerate(self._documents, 1):
             if isinstance(document, str):
-                document = document.encode("utf-8", "surrogatepass")
+                document = utf8(document)
             if not isinstance(document, bytes):
                 raise DataError(f"document {number} is a {type(document).__name__}: give str or bytes")
             if document:
@@ -129,11 +129,35 @@ class Corpus:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+def utf8(text: str) -> bytes:
+    """The bytes of a text. Surrogates that make a pair are joined; lone ones become U+FFFD, as in the tokenizer."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return join_surrogates(text).encode()
+
+
+def join_surrogates(text: str) -> str:
+    """Join surrogates that make a pair; what is left alone becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _exists(path: Path, entry: str | Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        # Too long a name: most likely a text where a path belongs.
+        raise DataError(
+            f"{str(entry)[:40]!r}...: cannot be a path ({error.strerror}); texts are given as iter([...])"
+        ) from None
+
+
 def _find(source: Iterable[str | Path]) -> tuple[Path, ...]:
     """The files that these paths stand for."""
     files: list[Path] = []
     for entry in source:
         path = Path(entry)
+        exists = _exists(path, entry)
         if path.is_dir():
             found = sorted(
                 inner
@@ -145,7 +169,7 @@ def _find(source: Iterable[str | Path]) -> tuple[Path, ...]:
             if not found:
                 raise DataError(f"{path}: no .txt or .jsonl file in this folder (each also as .gz or .zst)")
             files += found
-        elif not path.exists():
+        elif not exists:
             raise DataError(f"{path}: no such file or folder")
         elif _kind(path) in _NOT_TEXT:
             raise DataError(f'{path}: not a text file; give .txt, or .jsonl with a "text" field')
@@ -254,4 +278,4 @@ def _rows(path: Path, stream: BinaryIO) -> Iterator[bytes]:
         if not isinstance(text, str):
             raise DataError(f'{path}, row {number}: field "text" is a {type(text).__name__}, not a string')
         if text:
-            yield text.encode("utf-8", "surrogatepass")
+            yield utf8(text)

@@ -18,7 +18,7 @@ from ingot.errors import RunError
 class RunLock:
     """Held from ``acquire`` to ``release``, or as a context manager.
 
-    The file holds process id, host and the start time of the process, so that a process id used again is not mistaken for the run.
+    The file holds process id, host and start of the process, so that a process id used again is not mistaken for the run.
     A lock of another host cannot be judged from here and counts as live.
     """
 
@@ -102,7 +102,22 @@ def _create(path: Path, content: bytes) -> bool:
 
 
 def _identity() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started_at": psutil.Process().create_time()}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_of(os.getpid())}
+
+
+def _start_of(pid: int) -> str:
+    """What tells this process from others that have or had its id; :class:`psutil.NoSuchProcess` where there is none.
+
+    Linux counts ticks since boot, which a change of the clock does not move; elsewhere it is the time of day.
+    """
+    process = psutil.Process(pid)
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        # The name, in parentheses, may hold spaces; the start is the 22nd field, the 20th behind it.
+        ticks = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]
+    except (OSError, IndexError):
+        return f"{process.create_time():.0f}"
+    return f"{boot} {ticks.decode()}"
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:
@@ -110,7 +125,7 @@ def _parse(content: bytes) -> dict[str, Any] | None:
         holder = json.loads(content)
     except ValueError:
         return None
-    known = isinstance(holder, dict) and {"pid", "host", "started_at"} <= holder.keys()
+    known = isinstance(holder, dict) and {"pid", "host", "started"} <= holder.keys()
     return holder if known else None
 
 
@@ -122,8 +137,7 @@ def _is_live(holder: dict[str, Any]) -> bool:
         # A killed process whose parent has not asked for its exit code is listed still.
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        # The same process id with another start time is another process. Clocks are rounded to about 0.01 s.
-        return abs(process.create_time() - float(holder["started_at"])) < 1.0
+        return _start_of(int(holder["pid"])) == str(holder["started"])
     except (psutil.NoSuchProcess, ValueError, TypeError):
         return False
     except psutil.AccessDenied:

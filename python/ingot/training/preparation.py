@@ -75,18 +75,23 @@ def prepare_text(config: PretrainConfig, folder: RunFolder | None, data: Data, d
             progress=lambda done, total: display.work("tokenizing", done, total),
             threads=config.threads,
         )
-    divided = split(shards, config.held_out)
-    windows = config.windows
-    if windows == "auto":
-        windows = "random" if shards.num_documents == 1 else "packed"
-    batches = make_batches(
-        shards,
-        divided.train,
-        windows=windows,
-        max_length=config.max_length,
-        rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
-        seed=config.seed,
-    )
+    try:
+        divided = split(shards, config.held_out)
+        windows = config.windows
+        if windows == "auto":
+            windows = "random" if shards.num_documents == 1 else "packed"
+        batches = make_batches(
+            shards,
+            divided.train,
+            windows=windows,
+            max_length=config.max_length,
+            rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            seed=config.seed,
+        )
+    except DataError as error:
+        # It knows token counts, not where they come from.
+        name = ", ".join(config.data[:3]) + (", ..." if len(config.data) > 3 else "")
+        raise DataError(f"{name}: {error}" if name else str(error)) from None
     facts = {
         "source_hash": shards.source_hash,
         "tokenizer_hash": shards.tokenizer_hash,
