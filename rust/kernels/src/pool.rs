@@ -1,8 +1,9 @@
 //! Persistent threads that share out work items.
 //!
-//! A call hands the threads one closure and a list of items; each thread (the caller included) takes the next item until
-//! none is left. Which thread runs an item is left to chance, so results must not depend on it: callers cut items by
-//! shape alone and let each write its own output.
+//! A call hands the threads one closure and a list of items. Each thread (the caller included) has a share of its own, a
+//! run of neighbouring items, and takes from the ends of other shares when its own is done. So one call after the other, a
+//! thread mostly meets the rows that it wrote before and that are in its cache still. Which thread runs an item is left to
+//! chance all the same, so results must not depend on it: callers cut items by shape alone and let each write its own output.
 //!
 //! Between calls the workers spin for some microseconds and then sleep. The caller does not wait for workers that have
 //! not woken up by the time all items are done, so a call costs about a microsecond more than its items.
@@ -10,6 +11,7 @@
 
 use std::any::Any;
 use std::cell::Cell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -95,6 +97,67 @@ fn spin_until(limit: Duration, ready: impl Fn() -> bool) -> bool {
         if start.elapsed() >= limit {
             return false;
         }
+    }
+}
+
+/// Items cut into one run of neighbours per participant, each on a cache line of its own.
+struct Shares<I>(Vec<Share<I>>);
+
+#[repr(align(128))]
+struct Share<I>(Mutex<I>);
+
+impl<I: DoubleEndedIterator + Default> Shares<I> {
+    /// The next item of the participant's own share; where that is used up, the last one of the nearest other share.
+    fn take(&self, participant: usize) -> Option<I::Item> {
+        let first = lock(&self.0[participant].0).next();
+        first.or_else(|| {
+            (1..self.0.len()).find_map(|step| {
+                let other = (participant + step) % self.0.len();
+                lock(&self.0[other].0).next_back()
+            })
+        })
+    }
+
+    /// Drops the items that nobody has begun.
+    fn abandon(&self) {
+        for Share(share) in &self.0 {
+            drop(std::mem::take(&mut *lock(share)));
+        }
+    }
+
+    /// Runs `f` on items until none is left for this participant.
+    fn work_off(&self, participant: usize, mut f: impl FnMut(I::Item)) {
+        while let Some(item) = self.take(participant) {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(item))) {
+                self.abandon();
+                resume_unwind(panic);
+            }
+        }
+    }
+}
+
+/// Bounds of share `i` of `count` items among `participants`.
+fn share(count: usize, participants: usize, i: usize) -> Range<usize> {
+    count * i / participants..count * (i + 1) / participants
+}
+
+impl<T> Shares<std::vec::IntoIter<T>> {
+    fn of_items(mut items: Vec<T>, participants: usize) -> Self {
+        let count = items.len();
+        let mut shares: Vec<_> = (0..participants)
+            .rev()
+            .map(|i| items.split_off(share(count, participants, i).start))
+            .map(|part| Share(Mutex::new(part.into_iter())))
+            .collect();
+        shares.reverse();
+        Self(shares)
+    }
+}
+
+impl Shares<Range<usize>> {
+    fn of_indices(count: usize, participants: usize) -> Self {
+        let share = |i| Share(Mutex::new(share(count, participants, i)));
+        Self((0..participants).map(share).collect())
     }
 }
 
@@ -247,19 +310,8 @@ impl Pool {
     /// With the payload of the first panic of `f`, after all threads have stopped; items not yet begun are dropped.
     pub fn for_each<T: Send>(&self, items: Vec<T>, f: impl Fn(T) + Sync) {
         let alone = items.len() <= 1;
-        let queue = Mutex::new(items.into_iter());
-        self.run(alone, &|_| {
-            loop {
-                // The guard must be gone before the item runs.
-                let next = lock(&queue).next();
-                let Some(item) = next else { break };
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(item))) {
-                    let rest = std::mem::replace(&mut *lock(&queue), Vec::new().into_iter());
-                    drop(rest);
-                    resume_unwind(panic);
-                }
-            }
-        });
+        let shares = Shares::of_items(items, self.participants(alone));
+        self.run(alone, &|participant| shares.work_off(participant, &f));
     }
 
     /// As [`Pool::for_each`], with `scratch_floats` floats of the thread's own (64-byte aligned, unspecified contents,
@@ -274,24 +326,16 @@ impl Pool {
         f: impl Fn(T, &mut [f32]) + Sync,
     ) {
         let alone = items.len() <= 1;
-        let queue = Mutex::new(items.into_iter());
+        let shares = Shares::of_items(items, self.participants(alone));
         self.run(alone, &|participant| {
             self.with_scratch(participant, scratch_floats, |scratch| {
-                loop {
-                    let next = lock(&queue).next();
-                    let Some(item) = next else { break };
-                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(item, scratch))) {
-                        let rest = std::mem::replace(&mut *lock(&queue), Vec::new().into_iter());
-                        drop(rest);
-                        resume_unwind(panic);
-                    }
-                }
+                shares.work_off(participant, |item| f(item, scratch));
             });
         });
     }
 
-    /// Runs `f(index, scratch)` once for each index below `count`, lowest first as threads become free; all in the caller
-    /// if `alone` is set, for work too small to share.
+    /// Runs `f(index, scratch)` once for each index below `count`, with scratch as above; all in the caller if `alone` is
+    /// set, for work too small to share.
     ///
     /// # Panics
     /// As [`Pool::for_each`].
@@ -302,21 +346,27 @@ impl Pool {
         scratch_floats: usize,
         f: impl Fn(usize, &mut [f32]) + Sync,
     ) {
-        let next = AtomicUsize::new(0);
-        self.run(alone || count <= 1, &|participant| {
+        let alone = alone || count <= 1;
+        let shares = Shares::of_indices(count, self.participants(alone));
+        self.run(alone, &|participant| {
             self.with_scratch(participant, scratch_floats, |scratch| {
-                loop {
-                    let index = next.fetch_add(1, SeqCst);
-                    if index >= count {
-                        break;
-                    }
-                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(index, scratch))) {
-                        next.store(count, SeqCst);
-                        resume_unwind(panic);
-                    }
-                }
+                shares.work_off(participant, |index| f(index, scratch));
             });
         });
+    }
+
+    /// How many threads a call counts on: the caller alone, or all.
+    fn participants(&self, alone: bool) -> usize {
+        if self.runs_alone(alone) {
+            1
+        } else {
+            self.threads
+        }
+    }
+
+    /// Whether a call runs in its caller: it is too small, comes from within another one, or there are no workers.
+    fn runs_alone(&self, alone: bool) -> bool {
+        alone || self.workers.is_empty() || INSIDE.get() || self.process != std::process::id()
     }
 
     /// The participant's kept scratch, or a fresh one where that is in use further up the stack.
@@ -338,7 +388,7 @@ impl Pool {
 
     /// Lets the caller and every worker that arrives in time call `body`; returns when none is inside any more.
     fn run(&self, alone: bool, body: &Body<'_>) {
-        if alone || self.workers.is_empty() || INSIDE.get() || self.process != std::process::id() {
+        if self.runs_alone(alone) {
             let _mark = InsideMark::set();
             body(0);
             return;
