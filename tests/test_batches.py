@@ -135,6 +135,18 @@ def test_each_epoch_and_each_seed_has_an_order_of_its_own():
     assert all(sorted(one) == list(range(0, 120, 3)) for one in orders)
 
 
+def test_the_given_order_is_kept_in_every_epoch():
+    sizes = [3, 9, 2, 17, 5, 8]
+    ids, stretches = stretches_of(sizes)
+    batches = PackedBatches(ids, stretches, 16, 1, 0, shuffle=False)
+    cursor, met = Cursor(), []
+    while cursor.epoch < 2:
+        batch, cursor = batches.take(0, cursor)
+        met += batch.tokens[batch.offsets[:-1]].tolist()
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    assert met[: 2 * len(sizes)] == starts + starts
+
+
 def test_steps_per_epoch_is_what_an_epoch_takes():
     ids, stretches = stretches_of([5, 9, 30, 2, 17, 8, 8, 21])
     batches = PackedBatches(ids, stretches, 8, 3, 1)
@@ -206,6 +218,8 @@ def test_text_shorter_than_a_window_is_refused(tmp_path):
     many = TokenShards.build(Corpus([b"abcd"] * 50), ByteTokenizer(), tmp_path)
     with pytest.raises(DataError, match="no document is as long as a window"):
         make_batches(many, split(many, 0.0).train, windows="random", max_length=8, rows=1, seed=0)
+    with pytest.raises(DataError, match="windows anywhere in one text have no order: leave --document-order out"):
+        make_batches(many, split(many, 0.0).train, windows="random", max_length=2, rows=1, seed=0, shuffle=False)
 
 
 def test_one_long_text_is_held_out_by_position(tmp_path):

@@ -18,7 +18,7 @@ from ingot.configs import PretrainConfig, load_recipe
 from ingot.demo import DemoConfig, run
 from ingot.demo.measure import Sample, read, write
 from ingot.demo.page import draw_page
-from ingot.demo.show import num_documents
+from ingot.demo.show import EXERCISES, num_documents, num_exercises
 from ingot.world.vocabulary import ENDINGS, PEOPLE, PLACES, READERS, THINGS
 
 
@@ -190,6 +190,20 @@ def test_the_short_recipe_sees_no_story_twice(trained):
     lengths = [len(tokenizer.encode_ordinary(document.text)) + 1 for document in world.documents(0, "train", 2000)]
     read_at_most = settings.max_steps * settings.per_device_train_batch_size * settings.max_length
     assert num_documents(settings) * np.mean(lengths) > read_at_most
+
+
+def test_the_long_recipe_reads_its_exercises_first_and_runs_out_of_nothing(trained):
+    _, tokenizer = trained
+    settings = PretrainConfig.from_dict(load_recipe("world-long"), "world-long")
+    assert settings.document_order == "given"
+    lengths = [len(tokenizer.encode_ordinary(text)) + 1 for text in world.exercises(0, 2000)]
+    assert max(lengths) <= settings.max_length
+    read_at_most = settings.max_steps * settings.per_device_train_batch_size * settings.max_length
+    exercises = num_exercises(settings, EXERCISES["world-long"]) * np.mean(lengths)
+    assert exercises == pytest.approx(EXERCISES["world-long"] * read_at_most, rel=0.05)
+    documents = [len(tokenizer.encode_ordinary(document.text)) + 1 for document in world.documents(0, "train", 2000)]
+    # Else the second pass would begin with the exercises again.
+    assert exercises + num_documents(settings) * np.mean(documents) > read_at_most
 
 
 @pytest.mark.slow

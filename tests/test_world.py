@@ -203,6 +203,55 @@ def test_no_position_in_the_story_gives_the_answer(held_out, entity, position):
     assert np.mean(right) <= CHANCE
 
 
+# Exercises
+
+_SAYS = re.compile(
+    r"(?:The )?(?P<was>\w+) was in the (?P<first>\w+)\."
+    r"|(?P<goes>[A-Z]\w+) (?:went|ran|walked|hurried) to the (?P<to>\w+)\."
+    r"|Someone (?:took|moved|carried|brought) the (?P<thing>\w+) to the (?P<there>\w+)\."
+    r"|(?:Where is (?:the )?(?P<asked>\w+) now\? )?(?:The )?(?P<now>\w+) is in the (?P<place>\w+)\."
+)
+
+
+def test_exercises_say_where_everything_is_and_nothing_else():
+    """Read back sentence by sentence, each reminder and answer is what the sentences before it say."""
+    kinds: Counter[str] = Counter()
+    for text in world.exercises(2, 1500):
+        where: dict[str, str] = {}
+        end = 0
+        for said in _SAYS.finditer(text):
+            assert said.start() - end == (end > 0), text
+            end = said.end()
+            if said["was"]:
+                assert said["was"] not in where
+                where[said["was"]] = said["first"]
+            elif said["goes"] or said["thing"]:
+                name, place = said["goes"] or said["thing"], said["to"] or said["there"]
+                assert where[name] != place
+                where[name] = place
+                kinds["move"] += 1
+            else:
+                assert said["asked"] in (None, said["now"])
+                assert where[said["now"]] == said["place"]
+                kinds["question" if said["asked"] else "reminder"] += 1
+        assert end == len(text)
+        assert 2 <= len(where) <= 4
+        assert set(where) <= set(PEOPLE) | set(THINGS)
+    total = sum(kinds.values())
+    assert 8 <= total / 1500 <= 15
+    for kind, share in {"move": 0.3, "question": 0.2, "reminder": 0.5}.items():
+        assert kinds[kind] / total == pytest.approx(share, abs=0.02)
+
+
+def test_an_exercise_depends_on_its_number_alone():
+    some = list(world.exercises(4, 600))
+    assert list(world.exercises(4, 3, start=511)) == some[511:514]
+    assert len(set(some)) == 600
+    assert list(world.exercises(5, 600)) != some
+    # The same on every machine and Python.
+    assert hashlib.sha256("\n".join(some).encode()).hexdigest().startswith("a80a5d1517cdbea4")
+
+
 # Preference
 
 

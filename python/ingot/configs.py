@@ -273,6 +273,8 @@ class PretrainConfig:
     """Cut each text file into documents at this string, for example "<|endoftext|>"."""
     windows: Literal["auto", "packed", "random"] = "auto"
     """packed: whole documents side by side, never mixed; random: windows anywhere in one long text; auto: random for a single document."""
+    document_order: Literal["shuffled", "given"] = "shuffled"
+    """shuffled: new in each epoch; given: as the files have them, each time, so that easy documents can come first (packed windows only)."""
     held_out: float = 0.1
     """Share of the data kept out of training to measure the held-out loss: documents, or the last part of one long text."""
     max_length: int = 256

@@ -175,13 +175,14 @@ def make_batches(
     max_length: int,
     rows: int,
     seed: int,
+    shuffle: bool = True,
 ) -> Batches:
     """Batches of ``rows`` rows with at most ``max_length`` tokens each.
 
     Raises
     ------
     DataError
-        The text is shorter than one window.
+        The text is shorter than one window; or random windows should keep the order of the documents.
     """
     if stretches.num_targets < max_length:
         raise DataError(
@@ -189,8 +190,12 @@ def make_batches(
             "give more text or a smaller --max-length"
         )
     if windows == "random":
+        if not shuffle:
+            raise DataError(
+                "windows anywhere in one text have no order: leave --document-order out, or give --windows packed"
+            )
         return RandomBatches(shards.ids, stretches, max_length, rows, seed)
-    return PackedBatches(shards.ids, stretches, max_length, rows, seed)
+    return PackedBatches(shards.ids, stretches, max_length, rows, seed, shuffle=shuffle)
 
 
 class RandomBatches:
@@ -231,19 +236,23 @@ class RandomBatches:
 
 
 class PackedBatches:
-    """Documents side by side, in an order that is new in each epoch; a row never mixes them, a step cuts none that fits in a row.
+    """Documents side by side, in an order that is new in each epoch unless ``shuffle`` is off; a row never mixes them, a step cuts
+    none that fits in a row.
 
     A step takes documents in order and lays each into the first row with room for it, until one fits nowhere: that one begins the
     next step. Rows need not be full, as nothing is padded. A document longer than a row is cut into rows; where it is much
     longer, the cuts move from epoch to epoch.
     """
 
-    def __init__(self, ids: Ids, stretches: Stretches, max_length: int, rows: int, seed: int) -> None:
+    def __init__(
+        self, ids: Ids, stretches: Stretches, max_length: int, rows: int, seed: int, *, shuffle: bool = True
+    ) -> None:
         self._ids = ids
         self._stretches = stretches
         self._max_length = max_length
         self._rows = rows
         self._seed = seed
+        self._shuffle = shuffle
         self._order = Order(len(stretches), seed, 0)
         self.tokens_per_epoch = stretches.num_targets
 
@@ -279,7 +288,7 @@ class PackedBatches:
         """The next piece of text: its position, its targets, and the cursor after it."""
         if self._order.epoch != cursor.epoch:
             self._order = Order(len(self._stretches), self._seed, cursor.epoch)
-        document = self._order[cursor.index]
+        document = self._order[cursor.index] if self._shuffle else cursor.index
         start = int(self._stretches.starts[document])
         size = int(self._stretches.stops[document]) - start - 1
         length = self._max_length

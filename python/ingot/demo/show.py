@@ -41,10 +41,14 @@ TARGETS: dict[str, dict[str, tuple[str, float]]] = {
 }
 """What a whole run of a recipe reaches; ``follows_request`` is that of the weakest of who, where and ending."""
 
+EXERCISES = {"world": 0.0, "world-long": 0.2}
+"""Share of a recipe's tokens that are exercises, read before the first story."""
+
 _ASKED = ("who", "where", "ending")
 _MAX_DOCUMENTS = 250_000
 _MIN_DOCUMENTS = 2000
 _LEAST_TOKENS_PER_DOCUMENT = 85
+_TOKENS_PER_EXERCISE = 106
 _LOOK_DOCUMENTS = 100
 """Size of a look on the way."""
 _SHOWN = 4
@@ -64,7 +68,12 @@ def show(config: DemoConfig) -> dict[str, Any]:
     )
     training = list(world.documents(config.seed, "train", num_documents(settings)))
     held_out = list(world.documents(config.seed, "held_out", config.num_samples))
-    corpus = Corpus.from_documents([document.text for document in training])
+    exercises = list(world.exercises(config.seed, num_exercises(settings, EXERCISES[config.recipe])))
+    if exercises:
+        console.print(
+            f"First come {len(exercises)} exercises in keeping track of who is where: what they teach, the stories take for granted.\n"
+        )
+    corpus = Corpus.from_documents([*exercises, *(document.text for document in training)])
     if config.dry_run:
         pretrain(settings, corpus, dry_run=True, quiet=config.json)
         return {}
@@ -90,6 +99,7 @@ def show(config: DemoConfig) -> dict[str, Any]:
         "recipe": config.recipe,
         "seed": config.seed,
         "steps": settings.max_steps,
+        "exercises": len(exercises),
         "tokens": look.tokens,
         "num_parameters": result.model.num_parameters,
         "elapsed_s": trained_s,
@@ -116,10 +126,19 @@ def show(config: DemoConfig) -> dict[str, Any]:
 
 def num_documents(settings: PretrainConfig) -> int:
     """Enough for a run that sees no document twice, up to a limit beyond which repetition does no harm."""
+    return min(_MAX_DOCUMENTS, max(_MIN_DOCUMENTS, _most_tokens(settings) // _LEAST_TOKENS_PER_DOCUMENT))
+
+
+def num_exercises(settings: PretrainConfig, share: float) -> int:
+    """So many that they are about this share of what a run reads."""
+    return int(share * _most_tokens(settings) / _TOKENS_PER_EXERCISE)
+
+
+def _most_tokens(settings: PretrainConfig) -> int:
+    """What the run reads if every row is full."""
     assert settings.max_steps is not None
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    tokens = settings.max_steps * rows * settings.max_length
-    return min(_MAX_DOCUMENTS, max(_MIN_DOCUMENTS, tokens // _LEAST_TOKENS_PER_DOCUMENT))
+    return settings.max_steps * rows * settings.max_length
 
 
 def verdicts(recipe: str, final: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

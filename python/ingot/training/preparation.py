@@ -87,6 +87,7 @@ def prepare_text(config: PretrainConfig, folder: RunFolder | None, data: Data, d
             max_length=config.max_length,
             rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
             seed=config.seed,
+            shuffle=config.document_order == "shuffled",
         )
     except DataError as error:
         # It knows token counts, not where they come from.

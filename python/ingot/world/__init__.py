@@ -7,6 +7,7 @@ True
 """
 
 from ingot.world.check import ASPECTS, Check, Scores, check, parse_request, parse_story, score_samples
+from ingot.world.exercises import exercises
 from ingot.world.grammar import Facts, Move, Request, Split, Story, combinations, log_probability, split_of, stories
 from ingot.world.preference import pleases, prefers
 from ingot.world.questions import Document, Question, baselines, documents, questions
@@ -26,6 +27,7 @@ __all__ = [
     "check",
     "combinations",
     "documents",
+    "exercises",
     "log_probability",
     "parse_request",
     "parse_story",

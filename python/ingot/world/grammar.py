@@ -47,7 +47,8 @@ CHUNK = 256
 # One story takes at most 22.
 _WORDS_PER_STORY = 32
 _STREAMS: dict[Split, int] = {"train": 1, "held_out": 2}
-_MASK = (1 << 64) - 1
+KEY_MASK = (1 << 64) - 1
+"""Seeds are taken modulo 2^64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +120,16 @@ class Facts:
         sentences = [f"One {self.time} {self.who} was in the {self.place} with a {self.thing}."]
         sentences.append(f"{self.friend} was in the {self.friend_place}.")
         for move in self.moves:
-            if move.entity == "thing":
-                sentences.append(f"Someone {move.verb} the {self.thing} to the {move.place}.")
-            else:
-                sentences.append(f"{self.name(move.entity)} {move.verb} to the {move.place}.")
+            sentences.append(tell_move(move.entity, self.name(move.entity), move.verb, move.place))
         sentences.append(f"They {ENCOUNTERS[self.encounter][0]} a {self.encountered}.")
         subject = f"{self.who} and {self.friend}" if self.together else self.who
         sentences.append(f"The end was {self.ending}: {subject} {self.last_word}.")
         return " ".join(sentences)
+
+
+def tell_move(entity: Entity, name: str, verb: str, place: str) -> str:
+    """The sentence for a move: things do not move by themselves."""
+    return f"Someone {verb} the {name} to the {place}." if entity == "thing" else f"{name} {verb} to the {place}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,14 +201,14 @@ def stories(seed: int, split: Split, count: int | None = None, *, start: int = 0
     while index < stop:
         chunk = index // CHUNK
         # A chunk has a counter block of its own; each counter of Philox gives four words.
-        generator = np.random.Philox(key=[seed & _MASK, _STREAMS[split]], counter=[0, chunk, 0, 0])
+        generator = np.random.Philox(key=[seed & KEY_MASK, _STREAMS[split]], counter=[0, chunk, 0, 0])
         words = generator.random_raw(CHUNK * _WORDS_PER_STORY).reshape(CHUNK, -1).tolist()
         while index < stop and index // CHUNK == chunk:
             yield _tell(words[index % CHUNK], split)
             index += 1
 
 
-class _Choices:
+class Choices:
     """Uniform choices from random 64-bit words, and the logarithm of the probability of all that were made."""
 
     def __init__(self, words: list[int]) -> None:
@@ -222,7 +225,7 @@ _LOGARITHMS = (0.0, *(math.log(n) for n in range(1, 64)))
 
 
 def _tell(words: list[int], split: Split) -> Story:
-    choices = _Choices(words)
+    choices = Choices(words)
     below = choices.below
     reader = READERS[below(len(READERS))]
     sides = combinations(split)

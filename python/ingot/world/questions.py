@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ingot.world.grammar import CHUNK, ENTITIES, Entity, Facts, Split, Story, stories
+from ingot.world.grammar import CHUNK, ENTITIES, KEY_MASK, Entity, Facts, Split, Story, stories
 
 _ORDERS: tuple[tuple[Entity, ...], ...] = tuple(itertools.permutations(ENTITIES))
 _STREAMS: dict[Split, int] = {"train": 3, "held_out": 4}
-_MASK = (1 << 64) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Document:
 
 def questions(facts: Facts) -> tuple[Question, ...]:
     """The questions about a story: hero, friend, thing."""
-    return tuple(_question(entity, facts.name(entity), place) for entity, place in facts.whereabouts().items())
+    return tuple(ask(entity, facts.name(entity), place) for entity, place in facts.whereabouts().items())
 
 
 def documents(seed: int, split: Split, count: int | None = None, *, start: int = 0) -> Iterator[Document]:
@@ -58,7 +57,7 @@ def documents(seed: int, split: Split, count: int | None = None, *, start: int =
     orders: list[int] = []
     for index, story in enumerate(stories(seed, split, count, start=start), start):
         if not orders or index % CHUNK == 0:
-            generator = np.random.Philox(key=[seed & _MASK, _STREAMS[split]], counter=[0, index // CHUNK, 0, 0])
+            generator = np.random.Philox(key=[seed & KEY_MASK, _STREAMS[split]], counter=[0, index // CHUNK, 0, 0])
             orders = [(word * len(_ORDERS)) >> 64 for word in generator.random_raw(CHUNK).tolist()]
         by_entity = {question.entity: question for question in questions(story.facts)}
         asked = tuple(by_entity[entity] for entity in _ORDERS[orders[index % CHUNK]])
@@ -94,7 +93,8 @@ def baselines(training: Iterable[Document], held_out: Sequence[Document]) -> dic
     return {name: right[name] / total for name in ("most_frequent", "without_story", "last_mentioned")}
 
 
-def _question(entity: Entity, name: str, place: str) -> Question:
+def ask(entity: Entity, name: str, place: str) -> Question:
+    """The question where ``name`` is, whose answer is ``place``."""
     if entity == "thing":
         return Question(entity, f"Where is the {name} now?", f"The {name} is in the {place}.", place)
     return Question(entity, f"Where is {name} now?", f"{name} is in the {place}.", place)
