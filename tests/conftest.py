@@ -10,9 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 
 import ingot
+
+# A busy machine is no fault of the code.
+hypothesis.settings.register_profile("ingot", deadline=None)
+hypothesis.settings.load_profile("ingot")
 
 # A shell starts its background jobs with Ctrl-C ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,7 +6,7 @@ import collections
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ingot.data.batches import (
@@ -50,7 +50,6 @@ def test_orders_differ_between_seeds_and_epochs_and_spread_evenly():
 lengths = st.lists(st.integers(2, 40), min_size=1, max_size=30).filter(lambda values: sum(values) > 40)
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(2, 12), st.integers(1, 6), st.integers(0, 99))
 def test_packing_uses_each_target_once_an_epoch_and_mixes_no_documents(sizes, max_length, rows, seed):
     ids, stretches = stretches_of(sizes)
@@ -85,7 +84,6 @@ def test_packing_uses_each_target_once_an_epoch_and_mixes_no_documents(sizes, ma
     assert set(seen) == set(complete)
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(2, 12), st.integers(1, 4), st.integers(0, 99), st.integers(1, 10))
 def test_a_cursor_continues_exactly(sizes, max_length, rows, seed, cut):
     ids, stretches = stretches_of(sizes)
@@ -277,7 +275,6 @@ def test_a_text_too_short_to_divide_is_refused(tmp_path):
         split(shards, 0.1)
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(1, 12), st.integers(1, 4))
 def test_the_held_out_part_is_measured_whole_in_consecutive_windows(sizes, max_length, rows):
     ids, stretches = stretches_of(sizes)

@@ -236,7 +236,7 @@ def test_any_bytes_equal_the_slow_twin(pattern: str, stable_characters: list[str
         broken,
     )
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=150, derandomize=True)
     @given(st.lists(part, max_size=30).map(b"".join).filter(lambda data: is_stable(data, stable)))
     def check(data: bytes) -> None:
         ids = tokenizer.encode_ordinary(data)
@@ -253,7 +253,7 @@ def is_stable(data: bytes, stable: set[str]) -> bool:
     return all(c in stable or "\udc80" <= c <= "\udcff" for c in data.decode("utf-8", "surrogateescape"))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(data=st.binary(max_size=300))
 def test_any_bytes_come_back(data: bytes) -> None:
     for tokenizer in (Tokenizer.bytes_only("gpt2"), Tokenizer.bytes_only("cl100k")):
@@ -369,7 +369,7 @@ def test_merges_equal_tokenizers(pattern: str, vocab_size: int, specials: list[s
     assert merges_of(tokenizer, tmp_path) == hf_merges(documents, vocab_size, 0, specials, pattern, tmp_path)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     words=st.lists(st.text(alphabet="ab", min_size=1, max_size=12), min_size=1, max_size=30),
     min_frequency=st.integers(0, 4),
