@@ -216,6 +216,8 @@ class Encoded:
     """i32 [n]"""
     mask: npt.NDArray[np.bool_]
     """bool [n]: this token is to be predicted."""
+    ends: tuple[int, ...] = ()
+    """Tokens at which the sequence is judged: its last, or the last of each step."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -403,15 +405,17 @@ class ChatEncoder:
             end = self.tokenizer.special_tokens.get(self.template.eos_token, self.end_of_turn_id)
         return end
 
-    def encode_text(self, text: str, prompt: str | Sequence[int] | None = None) -> Encoded:
-        """Ids of a plain text with its end. All of it is trained; after a prompt (a text, or its ids without the beginning), all but that.
+    def encode_text(self, text: str | Sequence[int], prompt: str | Sequence[int] | None = None) -> Encoded:
+        """Ids of a plain text with its end. All of it is trained; after a prompt, all but that. Either may be given as ids.
 
         Prompt and text are encoded apart, so that the ids of the prompt are those that a model sees before it writes.
         """
-        before = [*self.text_start_ids]
-        if prompt is not None:
-            before += self.tokenizer.encode_ordinary(prompt) if isinstance(prompt, str) else prompt
-        after = [*self.tokenizer.encode_ordinary(text), self.text_end_id]
+
+        def ids_of(part: str | Sequence[int]) -> Sequence[int]:
+            return self.tokenizer.encode_ordinary(part) if isinstance(part, str) else part
+
+        before = [*self.text_start_ids, *(ids_of(prompt) if prompt is not None else ())]
+        after = [*ids_of(text), self.text_end_id]
         return _encoded(before + after, [False] * len(before) + [True] * len(after), text=prompt is None)
 
     def encode_text_prompt(self, prompt: str) -> npt.NDArray[np.int32]:
@@ -431,7 +435,7 @@ def _encoded(ids: list[int], mask: list[bool], *, text: bool = False) -> Encoded
         raise DataError(
             "every token of it would be trained, also what the model is asked: the template marks nobody's turn"
         )
-    return Encoded(np.array(ids, np.int32), np.array(mask, np.bool_))
+    return Encoded(np.array(ids, np.int32), np.array(mask, np.bool_), (len(ids) - 1,))
 
 
 def _shown(literal: str) -> str:

@@ -111,6 +111,17 @@ class Row:
         del fields["number"], fields["extra"]
         return {**{name: value for name, value in fields.items() if value is not None}, **self.extra}
 
+    def prompt_key(self) -> bytes:
+        """Equal for rows that ask the same: the prompt, of a dialogue what precedes its first answer, of a text the text."""
+        asked = self.parts()[0]
+        if asked is None:
+            # Plain answers that begin with their prompt: what both begin with.
+            _, chosen, rejected = self.parts()
+            asked = chosen[: common_beginning(chosen, rejected)] if chosen and rejected else ""
+        if isinstance(asked, list):
+            asked = list(itertools.takewhile(lambda message: message["role"] != "assistant", asked)) or asked
+        return _digest(asked)
+
     def fingerprint(self) -> bytes:
         """Equal for rows that say the same, whatever their other columns."""
         return _digest(self.columns() if not self.extra else dataclasses.replace(self, extra={}).columns())
@@ -268,6 +279,11 @@ KINDS: tuple[type[Row], ...] = (
 )
 
 Source: TypeAlias = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
+
+
+def common_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many entries two sequences begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 # ---- reading
@@ -547,7 +563,7 @@ def _implicit(columns: dict[str, Any]) -> tuple[Content | None, Content, Content
         )
     if chosen == rejected:
         raise RowError('equals field "chosen"', "remove the row: it prefers nothing", field="rejected")
-    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    common = common_beginning(chosen, rejected)
     if common == 0:
         raise RowError(
             'has no message in common with field "chosen"',
