@@ -8,14 +8,15 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from ingot.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ingot.data.rows import Row
+    from ingot.data.chat import ChatEncoder, Encoded
+    from ingot.data.rows import PromptOnly, Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,192 @@ class Check:
 
     def _measure(self) -> Callable[[Row], int]:
         """The length of a row: of its longest sequence."""
-        return _characters
+        if self.tokenizer is None:
+            return _characters
+        from ingot.data.examples import encode_row
+        from ingot.data.rows import PromptOnly
+
+        encoder, _ = _encoder_of(self.tokenizer)
+
+        def tokens(row: Row) -> int:
+            if isinstance(row, PromptOnly):
+                return len(_encoded_prompt(row, encoder))
+            return max(map(len, encode_row(row, encoder)))
+
+        return tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show:
+    """Show rows as the model sees them: every token, which are trained, and where a turn ends.
+
+    Trained tokens are green, or between [[ and ]] where there is no colour; special tokens are bold. Look at this before you train: what is
+    green is what the model learns to write, and it has to end with the end of turn.
+    """
+
+    file: Positional[str]
+    """Rows: .jsonl or .json (each also as .gz or .zst), or .parquet."""
+    tokenizer: str
+    """Folder of a model (its tokenizer and chat template), or a tokenizer.json."""
+    rows: int = 3
+    """Show this many."""
+    start: int = 1
+    """Begin at the row with this number."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """auto: where the output is a terminal."""
+    json: bool = False
+    """Print ids, tokens and mask of each sequence as JSON lines."""
+
+    def run(self) -> int:
+        """Print the rows; 1 if one of them cannot be used."""
+        from ingot.data.rows import RowError, scan
+
+        if self.rows < 1 or self.start < 1:
+            raise ConfigError("--rows and --start are at least 1")
+        encoder, added = _encoder_of(self.tokenizer)
+        painter = _Painter(encoder, self.color)
+        if not self.json:
+            _print_legend(encoder, added, painter)
+        shown = bad = 0
+        for row in scan(self.file):
+            number = row.row if isinstance(row, RowError) else row.number
+            if number < self.start:
+                continue
+            if shown == self.rows:
+                break
+            shown += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                sequences = _sequences(row, encoder)
+            except RowError as error:
+                bad += 1
+                print(error if error.file else error.at(self.file, number), file=sys.stderr)
+                continue
+            for name, sequence in sequences:
+                if self.json:
+                    print(json.dumps(_sequence_facts(number, name, sequence, encoder), ensure_ascii=False))
+                else:
+                    trained = int(sequence.mask.sum())
+                    print(f"--- row {number}, {name}: {_count(len(sequence), 'token')}, {trained:,} trained")
+                    painter.print(sequence)
+        if shown == 0:
+            raise ConfigError(f"{self.file}: has no row {self.start}: give a smaller --start")
+        return 1 if bad else 0
+
+
+def _encoder_of(path: str) -> tuple[ChatEncoder, tuple[str, ...]]:
+    """The encoder of a model as it will be trained, and the special tokens that its tokenizer does not have yet."""
+    import ingot
+    from ingot.data.chat import ChatEncoder, ChatTemplate
+
+    tokenizer = ingot.Tokenizer.from_file(path)
+    template = ChatTemplate.of_model(path)
+    added = template.missing_special_tokens(tokenizer)
+    return ChatEncoder(template, tokenizer.with_special_tokens(added)), added
+
+
+def _encoded_prompt(row: PromptOnly, encoder: ChatEncoder) -> Encoded:
+    import numpy as np
+
+    from ingot.data.chat import Encoded
+
+    prompt = row.prompt
+    ids = encoder.encode_text_prompt(prompt) if isinstance(prompt, str) else encoder.encode_prompt(prompt)
+    return Encoded(ids, np.zeros(len(ids), np.bool_))
+
+
+def _sequences(row: Row, encoder: ChatEncoder) -> list[tuple[str, Encoded]]:
+    """The sequences of a row with a name each."""
+    from ingot.data.examples import encode_row
+    from ingot.data.rows import Candidates, Preference, PromptOnly, RankedList, Stepwise, UnpairedPreference
+
+    if isinstance(row, PromptOnly):
+        return [("prompt (the model writes on from its end)", _encoded_prompt(row, encoder))]
+    sequences = encode_row(row, encoder)
+    names = [row.kind]
+    if isinstance(row, Preference):
+        names = ["chosen", "rejected"]
+    elif isinstance(row, UnpairedPreference):
+        names = ["wanted" if row.label else "not wanted"]
+    elif isinstance(row, Stepwise):
+        names = [f"steps {', '.join('right' if label else 'wrong' for label in row.labels)}"]
+    elif isinstance(row, RankedList):
+        names = [f"response {index + 1} (rank {rank})" for index, rank in enumerate(row.ranks)]
+    elif isinstance(row, Candidates):
+        names = [f"response {index + 1}" for index in range(len(row.responses))]
+    return list(zip(names, sequences, strict=True))
+
+
+def _sequence_facts(number: int, name: str, sequence: Encoded, encoder: ChatEncoder) -> dict[str, Any]:
+    ids = sequence.ids.tolist()
+    return {
+        "row": number,
+        "sequence": name,
+        "ids": ids,
+        "tokens": [encoder.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in ids],
+        "trained": sequence.mask.astype(int).tolist(),
+    }
+
+
+def _print_legend(encoder: ChatEncoder, added: tuple[str, ...], painter: _Painter) -> None:
+    print(
+        f"written by {encoder.template.name}; a turn of the assistant ends with {encoder.end_of_turn} (id {encoder.end_of_turn_id})"
+    )
+    if added:
+        print(f"the tokenizer has no {', '.join(added)} yet: shown as ingot sft adds them")
+    marks = "green" if painter.coloured else "between [[ and ]], tokens divided by |"
+    print(f"trained tokens are {marks}; \u23ce is a new line")
+
+
+class _Painter:
+    """Prints tokens in colour, or with signs where there is none."""
+
+    def __init__(self, encoder: ChatEncoder, color: str) -> None:
+        from rich.console import Console
+
+        force = {"always": True, "never": False}.get(color)
+        self._console = Console(highlight=False, markup=False, emoji=False, force_terminal=force, soft_wrap=True)
+        self.coloured = self._console.is_terminal and not self._console.no_color
+        self._encoder = encoder
+        self._special = set(encoder.tokenizer.special_tokens.values())
+
+    def print(self, sequence: Encoded) -> None:
+        """One sequence."""
+        from rich.text import Text
+
+        text = Text()
+        trained_before = False
+        for index, (token, trained) in enumerate(zip(sequence.ids.tolist(), sequence.mask.tolist(), strict=True)):
+            piece = _visible(self._encoder.tokenizer.token_bytes(token))
+            if self.coloured:
+                shade = ("bright_green", "green") if trained else ("bright_black", "white")
+                bold = "bold " if token in self._special else ""
+                text.append(piece, style=bold + shade[index % 2])
+            else:
+                edge = {(False, True): "[[", (True, False): "]]"}.get((trained_before, trained), "|" if index else "")
+                # After a new line the division is seen anyway.
+                text.append("" if edge == "|" and text.plain.endswith("\n") else edge)
+                text.append(piece)
+            trained_before = trained
+        if trained_before and not self.coloured:
+            text.append("]]")
+        self._console.print(text)
+
+
+def _visible(token: bytes) -> str:
+    """The text of a token with all that a terminal would not show, or would obey, as signs."""
+    shown = []
+    for character in token.decode("utf-8", "backslashreplace"):
+        if character == "\n":
+            shown.append("\u23ce\n")
+        elif character == "\t":
+            shown.append("\u21e5")
+        elif character.isprintable():
+            shown.append(character)
+        else:
+            shown.append(character.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 def _print_facts(facts: dict[str, Any], duplicates: list[tuple[int, int]], transcripts: int) -> None:
