@@ -42,6 +42,7 @@ COMMANDS: dict[str, Entry] = {
     "tokenizer inspect": Entry("tokenizer", "Inspect", "show how a text is cut into pieces"),
     "data check": Entry("data", "Check", "the kind of rows in files, and what is wrong with each that cannot be used"),
     "data show": Entry("data", "Show", "rows as the model sees them: every token, and which are trained"),
+    "data import": Entry("data", "Import", "make rows of data in other formats: HH, Alpaca, ShareGPT, Argilla, ..."),
     "plan": Entry("plan", "Plan", "what to train on this machine in a given time"),
     "pretrain": Entry("pretrain", "Pretrain", "train a network to predict the next token of raw text"),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),

@@ -6,13 +6,15 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from ingot.errors import ConfigError
+from ingot.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from ingot.data.chat import ChatEncoder, Encoded
@@ -182,6 +184,63 @@ class Show:
         if shown == 0:
             raise ConfigError(f"{self.file}: has no row {self.start}: give a smaller --start")
         return 1 if bad else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Make rows of data in another format. Every record that gives none is named with the reason; nothing else is left out.
+
+    hh: Anthropic's transcripts; alpaca: instruction, input, output; sharegpt: conversations; best-of-4: query, samples and the best one;
+    argilla, label-studio: what these tools export, one ranked list for each judgement.
+    """
+
+    kind: Positional[Literal["hh", "alpaca", "sharegpt", "best-of-4", "argilla", "label-studio"]]
+    """Format of the file."""
+    file: Positional[str]
+    """The data: .jsonl or .json (each also as .gz or .zst), or .parquet."""
+    output: str
+    """The .jsonl file to write; it must not exist yet."""
+    tokenizer: str | None = None
+    """Folder or tokenizer.json, for best-of-4 data that hold token ids."""
+    json: bool = False
+    """Print the facts as JSON."""
+
+    def run(self) -> int:
+        """Import, say what came of it."""
+        import ingot
+        from ingot.data.imports import import_rows, write_rows
+        from ingot.durable import rename, temporary_name
+
+        target = Path(self.output)
+        if target.exists():
+            raise ConfigError(f"--output {target}: exists already; give another name, or remove it")
+        if not target.parent.is_dir():
+            raise ConfigError(f"--output {target}: there is no folder {target.parent}; make it first")
+        tokenizer = ingot.Tokenizer.from_file(self.tokenizer) if self.tokenizer is not None else None
+        partial = temporary_name(target)
+        try:
+            with partial.open("wb") as sink, _progress(f"importing {self.file}") as progress:
+                results = import_rows(self.kind, self.file, tokenizer=tokenizer, progress=progress)
+                try:
+                    num_records, num_rows, dropped = write_rows(results, sink.write)
+                except DataError as error:
+                    raise DataError(f"{self.file}, read as {self.kind}: {error}") from None
+                sink.flush()
+                os.fsync(sink.fileno())
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        rename(partial, target)
+        if self.json:
+            facts = {"output": str(target), "num_records": num_records, "num_rows": num_rows}
+            print(json.dumps({**facts, "dropped": [dataclasses.asdict(drop) for drop in dropped]}, ensure_ascii=False))
+            return 0
+        for drop in dropped:
+            print(f"{self.file}, row {drop.record}: dropped: {drop.reason}")
+        print(
+            f"{_count(num_records, 'record')} -> {_count(num_rows, 'row')}, {len(dropped):,} dropped{' (named above)' if dropped else ''}: {target}"
+        )
+        return 0
 
 
 def _encoder_of(path: str) -> tuple[ChatEncoder, tuple[str, ...]]:
