@@ -132,6 +132,15 @@ def _string(record: Record, name: str) -> str:
     return value
 
 
+def _objects(value: Any, name: str) -> list[Record]:
+    """A list of objects; nothing is an empty one."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+        raise _Drop(f'field "{name}" is no list of objects')
+    return value
+
+
 # ---- demonstrations and pairs
 
 
@@ -260,6 +269,8 @@ def _text_of(value: Any, tokenizer: Tokenizer | None) -> str:
 def _argilla(record: Record, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any] | _Drop]:
     if isinstance(record.get("fields"), Mapping):
         fields, questions = record["fields"], record.get("responses") or {}
+        if not isinstance(questions, Mapping):
+            raise _Drop('field "responses" is no object of questions')
         extra = _rest(record, "fields", "responses", "suggestions", "vectors", "_server_id", "status")
     else:
         questions = {
@@ -277,7 +288,7 @@ def _argilla(record: Record, tokenizer: Tokenizer | None) -> Iterator[dict[str, 
         extra = {name: record[name] for name in ("id", "external_id", "metadata") if record.get(name) is not None}
     found = False
     for question, answers in questions.items():
-        for answer in answers:
+        for answer in _objects(answers, question):
             found = True
             try:
                 if answer.get("status", "submitted") != "submitted":
@@ -295,9 +306,9 @@ def _argilla(record: Record, tokenizer: Tokenizer | None) -> Iterator[dict[str, 
 def _argilla_ranks(question: str, value: Any, fields: Record) -> dict[str, int]:
     """The rank of each field that a question is about."""
     if isinstance(value, Mapping) and isinstance(value.get("value"), list) and isinstance(value.get("rank"), list):
-        ranks = dict(zip(value["value"], value["rank"], strict=False))
+        ranks = dict(zip(map(str, value["value"]), value["rank"], strict=False))
     elif isinstance(value, list) and value and all(isinstance(each, Mapping) and "rank" in each for each in value):
-        ranks = {each.get("value"): each["rank"] for each in value}
+        ranks = {str(each.get("value")): each["rank"] for each in value}
     elif isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         ranks = {name: place for place, name in enumerate(value, 1)}
     elif isinstance(value, str):
@@ -327,19 +338,24 @@ def _prompt_among(fields: Record, answers: Mapping[str, Any] | Sequence[str]) ->
 
 
 def _label_studio(record: Record, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any] | _Drop]:
-    data, annotations = record.get("data"), record.get("annotations")
-    if not isinstance(data, Mapping) or not isinstance(annotations, list):
+    data = record.get("data")
+    if not isinstance(data, Mapping) or "annotations" not in record:
         raise _Drop('has no "data" and "annotations": export the project as JSON (not JSON-MIN)')
+    extra = {"id": record["id"]} if "id" in record else {}
+    annotations = _objects(record["annotations"], "annotations")
     if not annotations:
         raise _Drop("nobody has annotated it")
-    extra = {"id": record["id"]} if "id" in record else {}
     for annotation in annotations:
         try:
             if annotation.get("was_cancelled"):
                 raise _Drop("was skipped by its annotator")
             who = annotation.get("completed_by")
             who = who.get("email", who.get("id")) if isinstance(who, Mapping) else who
-            results = [each for each in annotation.get("result") or [] if each.get("type") in ("pairwise", "ranker")]
+            results = [
+                each
+                for each in _objects(annotation.get("result"), "result")
+                if each.get("type") in ("pairwise", "ranker")
+            ]
             if not results:
                 raise _Drop("an annotation has neither a Pairwise nor a Ranker result")
             for result in results:
@@ -358,16 +374,21 @@ def _pairwise(result: Record, data: Record) -> tuple[Any, list[Any]]:
         names = [name for name, value in data.items() if isinstance(value, str) and name not in _PROMPT_FIELDS]
     if len(names) != 2:
         raise _Drop(f"which two fields were compared? (fields there: {', '.join(map(str, data))})")
-    selected = (result.get("value") or {}).get("selected")
+    selected = _value(result, "selected")
     if selected not in ("left", "right"):
         raise _Drop("a Pairwise result selects neither left nor right")
     best, other = names if selected == "left" else names[::-1]
     return _prompt_among(data, names), [data[best], data[other]]
 
 
+def _value(result: Record, name: str) -> Any:
+    value = result.get("value")
+    return value.get(name) if isinstance(value, Mapping) else None
+
+
 def _ranker(result: Record, data: Record) -> tuple[Any, list[Any]]:
     """The prompt, and the items in the order in which they were put."""
-    order = (result.get("value") or {}).get("ranker")
+    order = _value(result, "ranker")
     if isinstance(order, Mapping):
         filled = {name: ids for name, ids in order.items() if ids}
         if len(filled) != 1:
@@ -384,11 +405,12 @@ def _ranker(result: Record, data: Record) -> tuple[Any, list[Any]]:
         raise _Drop("a Ranker result without a list of items with ids")
     [(name, items)] = lists.items()
     texts = {
-        item["id"]: next((item[key] for key in _ITEM_TEXTS if isinstance(item.get(key), str)), None) for item in items
+        str(item["id"]): next((item[key] for key in _ITEM_TEXTS if isinstance(item.get(key), str)), None)
+        for item in items
     }
-    if any(texts.get(item) is None for item in order):
+    if any(texts.get(str(item)) is None for item in order):
         raise _Drop(f"an item of the ranking has no text ({', '.join(_ITEM_TEXTS)})")
-    return _prompt_among(data, [name]), [texts[item] for item in order]
+    return _prompt_among(data, [name]), [texts[str(item)] for item in order]
 
 
 KINDS: dict[str, Importer] = {
