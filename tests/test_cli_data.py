@@ -168,6 +168,9 @@ def test_colour_marks_the_same_tokens(tmp_path, base, capsys):
     assert "[[" not in out
     green = [part for part in out.split("\x1b[") if part.startswith(("32m", "92m", "1;32m", "1;92m"))]
     assert green[0].endswith("low")
+    parts = out.split("\x1b[")
+    assert all(part.startswith("1;") for part in parts if "<|im_" in part and "id 266" not in part)
+    assert not any(part.startswith("1;") for part in parts if part.endswith("low"))
     assert green[-1].endswith("<|im_end|>")
 
 

@@ -272,6 +272,9 @@ def test_argilla_records_of_both_versions(imported):
         ("x", ["b", "a", "c"], [1, 2, 2]),
         ("y", ["a", "b", "c"], [1, 2, 2]),
     ]
+    shifted = {"value": {"value": ["reply-1", "reply-2"], "rank": [3, 2]}, "user_id": "x"}
+    [row] = imported("argilla", {"fields": fields, "responses": {"q": [shifted]}})
+    assert (row["responses"], row["ranks"]) == (["a", "b"], [2, 1])
     reasons = imported(
         "argilla",
         {"fields": fields, "responses": {}},
