@@ -150,13 +150,20 @@ def test_tokens_are_shown_as_the_model_sees_them(tmp_path, base, capsys):
     assert out.splitlines() == [
         "written by the built-in chat template; a turn of the assistant ends with <|im_end|> (id 266)",
         "the tokenizer has no <|im_start|>, <|im_end|>, <|pad|> yet: shown as ingot sft adds them",
-        "trained tokens are between [[ and ]], tokens divided by |; \u23ce is a new line",
+        "trained tokens are between [[ and ]], tokens divided by |; \u23ce is a new line, "
+        "\u00d73 after a character says that it takes 3 tokens",
         f"--- row 1, language modelling: {8 + count('user') + count('hello') + count('assistant') + answer} tokens, {answer + 1} trained",
         f"<|endoftext|>|<|im_start|>|{cut('user')}|\u23ce",
         f"{cut('hello')}|<|im_end|>|\u23ce",
         f"<|im_start|>|{cut('assistant')}|\u23ce",
         f"[[{cut('low')}|\u21e5|{cut('lower')}|\\x1b|[|0|m|<|im_end|>]]",
     ]
+
+
+def test_characters_of_several_tokens_can_be_read(tmp_path, base, capsys):
+    row = {"prompt": "\u00e4\u20ac", "completion": "\U0001f600 x"}
+    _, out, _ = run(capsys, "data", "show", write(tmp_path / "a.jsonl", row), "--tokenizer", base)
+    assert out.splitlines()[-1] == "<|endoftext|>|\u00e4\u00d72|\u20ac\u00d73[[\U0001f600\u00d74| |x|<|endoftext|>]]"
 
 
 def test_colour_marks_the_same_tokens(tmp_path, base, capsys):

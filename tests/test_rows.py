@@ -206,8 +206,16 @@ BAD = [
     ),
     ({"prompt": "x", "responses": ["a", "b"], "annotator": "me"}, "ranks", "is the file from an older version?"),
     ({"prompt": "x", "ranks": [1, 2]}, "responses", "is missing"),
-    ({"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2], "schema_version": 0}, "schema_version", "ingot label"),
-    ({"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2], "schema_version": 2}, "schema_version", "update ingot"),
+    (
+        {"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2], "schema_version": "0.1"},
+        "schema_version",
+        "ingot label",
+    ),
+    (
+        {"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2], "schema_version": 2},
+        "schema_version",
+        "is 2, but this version of ingot reads up to 1; update ingot",
+    ),
 ]
 
 

@@ -304,7 +304,7 @@ def _print_legend(encoder: ChatEncoder, added: tuple[str, ...], painter: _Painte
     if added:
         print(f"the tokenizer has no {', '.join(added)} yet: shown as ingot sft adds them")
     marks = "green" if painter.coloured else "between [[ and ]], tokens divided by |"
-    print(f"trained tokens are {marks}; \u23ce is a new line")
+    print(f"trained tokens are {marks}; \u23ce is a new line, \u00d73 after a character says that it takes 3 tokens")
 
 
 class _Painter:
@@ -325,12 +325,10 @@ class _Painter:
 
         text = Text()
         trained_before = False
-        for index, (token, trained) in enumerate(zip(sequence.ids.tolist(), sequence.mask.tolist(), strict=True)):
-            piece = _visible(self._encoder.tokenizer.token_bytes(token))
+        for index, (piece, trained, special) in enumerate(self._pieces(sequence)):
             if self.coloured:
                 shade = ("bright_green", "green") if trained else ("bright_black", "white")
-                bold = "bold " if token in self._special else ""
-                text.append(piece, style=bold + shade[index % 2])
+                text.append(piece, style=("bold " if special else "") + shade[index % 2])
             else:
                 edge = {(False, True): "[[", (True, False): "]]"}.get((trained_before, trained), "|" if index else "")
                 # After a new line the division is seen anyway.
@@ -340,6 +338,25 @@ class _Painter:
         if trained_before and not self.coloured:
             text.append("]]")
         self._console.print(text)
+
+    def _pieces(self, sequence: Encoded) -> Iterator[tuple[str, bool, bool]]:
+        """Text, trained and special of each token; tokens that share a character are one piece with their number."""
+        held, count = b"", 0
+        tokens = list(zip(sequence.ids.tolist(), sequence.mask.tolist(), strict=True))
+        for index, (token, trained) in enumerate(tokens):
+            held, count = held + self._encoder.tokenizer.token_bytes(token), count + 1
+            last = index + 1 == len(tokens) or tokens[index + 1][0] in self._special or tokens[index + 1][1] != trained
+            if last or not _ends_inside_a_character(held):
+                yield _visible(held) + (f"\u00d7{count}" if count > 1 else ""), trained, token in self._special
+                held, count = b"", 0
+
+
+def _ends_inside_a_character(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
 
 
 def _visible(token: bytes) -> str:

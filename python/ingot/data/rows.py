@@ -35,7 +35,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 
 RANKING_SCHEMA_VERSION = 1
-"""``schema_version`` of the ranked lists that this version reads and writes."""
+"""``schema_version`` of the ranked lists that are written here; rows of other tools have none, or 0."""
 
 HH_USER = "\n\nHuman:"
 """Begins a user's turn in the transcripts of Anthropic's HH data."""
@@ -624,13 +624,12 @@ def _candidates(columns: dict[str, Any], number: int) -> Row:
 
 
 def _ranked_list(columns: dict[str, Any], number: int) -> Row:
-    version = columns.get("schema_version", RANKING_SCHEMA_VERSION)
-    if version != RANKING_SCHEMA_VERSION or isinstance(version, bool):
+    version = columns.get("schema_version", 0)
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= RANKING_SCHEMA_VERSION:
         newer = isinstance(version, int) and version > RANKING_SCHEMA_VERSION
-        fix = "update ingot" if newer else "rank the candidates again with: ingot label"
         raise RowError(
-            f"is {json.dumps(version)}, but this version of ingot reads {RANKING_SCHEMA_VERSION}",
-            fix,
+            f"is {json.dumps(version, default=str)}, but this version of ingot reads up to {RANKING_SCHEMA_VERSION}",
+            "update ingot" if newer else "rank the candidates again with: ingot label",
             field="schema_version",
         )
     for name in ("prompt", "responses", "ranks"):
