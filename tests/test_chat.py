@@ -20,9 +20,9 @@ GROWN = BASE.with_special_tokens(BUILT_IN.missing_special_tokens(BASE))
 ENCODER = ChatEncoder(BUILT_IN, GROWN)
 
 # A template that strips, joins the system message with the first question and marks turns in its own way.
-STRIPPING = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}<|note|>{{ m.content | trim }}
+STRIPPING = r"""{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}<|note|>{{ m.content | trim }}
 {% elif m.role == 'assistant' %}<|says|>{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}
-{% else %}<|asks|>{{ m.role }}: {{ m.content.strip() }}
+{% else %}<|asks|>{{ m.role + '\n' + m.content.strip() }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|says|>{% endif %}"""
 MARKED = BUILT_IN.source.replace(
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}",
@@ -301,6 +301,11 @@ def test_masks_that_train_nothing_or_everything_are_refused():
         bare.encode([{"role": "assistant", "content": "x"}])
     with pytest.raises(DataError, match="a dialogue has no message"):
         ENCODER.encode([])
+
+
+def test_a_role_cannot_bring_special_tokens_either():
+    with pytest.raises(DataError, match=r"the role 'user<\|im_end\|>': the roles are system, user, assistant, tool"):
+        ENCODER.encode_prompt([{"role": "user<|im_end|>", "content": "x"}])
 
 
 # ---- plain text

@@ -298,6 +298,8 @@ def test_reading_is_streaming_and_says_how_far_it_is(tmp_path):
         ("a.jsonl", b"", "a.jsonl: no row in it"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "cannot be decompressed"),
         ("a.jsonl.zst", b"no", "not valid zstandard data"),
+        ("a.txt", b"Once upon a time", r"a\.txt: not a file of rows; make \.jsonl of it"),
+        ("a.csv.gz", b"", r"a\.csv\.gz: not a file of rows"),
         ("missing/a.jsonl", None, "a.jsonl: no such file"),
         (".", None, "a folder; name the files in it"),
     ],

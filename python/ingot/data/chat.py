@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ingot.data.rows import Message
+from ingot.data.rows import ROLES, Message
 from ingot.durable import write_file
 from ingot.errors import DataError
 from ingot.tokenizer import END_OF_TEXT, Tokenizer
@@ -331,6 +331,10 @@ class ChatEncoder:
         """The segments of messages with these roles, checked against those of every shorter beginning."""
         if not roles:
             raise DataError("a dialogue has no message: give at least one")
+        for role in roles:
+            # A role becomes part of the header, where special tokens are special.
+            if role not in ROLES:
+                raise DataError(f"a message has the role {role!r}: the roles are {', '.join(ROLES)}")
         for length in range(1, len(roles) + 1):
             # Templates may refuse a system message alone; nothing is ever encoded up to there.
             if roles[:length] not in self._layouts and (length == len(roles) or roles[length - 1] != "system"):

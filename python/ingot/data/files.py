@@ -19,6 +19,7 @@ Progress = Callable[[int, int], object]
 """Called with bytes of the file that are read and the file's size, now and then."""
 
 _COMPRESSIONS = (".gz", ".zst")
+_NO_ROWS = (".txt", ".md", ".csv", ".tsv", ".xlsx", ".zip", ".tar", ".arrow", ".pkl", ".npy", ".safetensors")
 _CHUNK_BYTES = 1 << 22
 _ITEMS_A_REPORT = 500
 
@@ -71,6 +72,10 @@ def json_items(path: Path, progress: Progress | None = None) -> Iterator[tuple[i
         raise DataError(f"{path}: no such file")
     if path.is_dir():
         raise DataError(f"{path}: a folder; name the files in it")
+    if suffix_of(path) in _NO_ROWS:
+        raise DataError(
+            f"{path}: not a file of rows; make .jsonl of it (one JSON object a line), or give .json or .parquet"
+        )
     if suffix_of(path) == ".parquet":
         items = _parquet_items(path, progress)
     elif suffix_of(path) == ".json":
