@@ -69,6 +69,7 @@ def dialogues(content):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
+@settings(deadline=None)
 @given(messages=dialogues(CONTENT))
 def test_the_ids_of_a_beginning_begin_the_ids_of_the_whole(name, messages):
     encoder = ENCODERS[name]
@@ -81,6 +82,7 @@ def test_the_ids_of_a_beginning_begin_the_ids_of_the_whole(name, messages):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
+@settings(deadline=None)
 @given(messages=dialogues(CONTENT))
 def test_a_prompt_with_the_header_of_the_answer_is_what_precedes_it_in_training(name, messages):
     encoder = ENCODERS[name]
@@ -96,6 +98,7 @@ def test_a_prompt_with_the_header_of_the_answer_is_what_precedes_it_in_training(
 
 
 @pytest.mark.parametrize("name", ENCODERS)
+@settings(deadline=None)
 @given(messages=dialogues(CONTENT))
 def test_the_trained_ids_are_the_assistants_texts_and_their_ends(name, messages):
     encoder = ENCODERS[name]
@@ -108,6 +111,7 @@ def test_the_trained_ids_are_the_assistants_texts_and_their_ends(name, messages)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
+@settings(deadline=None)
 @given(messages=dialogues(CONTENT))
 def test_no_content_gives_a_special_token(name, messages):
     encoder = ENCODERS[name]
@@ -163,13 +167,14 @@ def reference(tmp_path_factory):
 def test_text_ids_and_mask_are_those_of_transformers(name, reference):
     encoder, twin = ENCODERS[name], reference[name]
 
+    @settings(deadline=None)
     @given(messages=dialogues(CONTENT))
     def text_is_equal(messages):
         assert encoder.template.render(messages) == twin.apply_chat_template(messages, tokenize=False)
         asked = twin.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert encoder.template.render(messages, add_generation_prompt=True) == asked
 
-    @settings(max_examples=60)
+    @settings(max_examples=60, deadline=None)
     @given(messages=dialogues(PLAIN))
     def ids_are_equal(messages):
         whole = twin.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -330,6 +335,7 @@ def test_plain_text_is_trained_whole_or_after_its_prompt():
 # ---- growing a tokenizer
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_a_grown_tokenizer_gives_every_text_the_same_ids(text):
     assert GROWN.encode_ordinary(text) == BASE.encode_ordinary(text)

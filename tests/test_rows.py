@@ -9,7 +9,7 @@ import math
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingot.data import rows as rows_module
@@ -359,6 +359,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_any_json_is_a_row_or_named(value):
     try:
