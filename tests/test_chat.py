@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import numpy as np
@@ -347,6 +348,12 @@ def test_new_special_tokens_take_the_next_ids_and_survive_saving(tmp_path):
     assert GROWN.special_tokens[PAD] == BASE.vocab_size + 2
     assert Tokenizer.from_file(GROWN.save(tmp_path)) == GROWN
     assert GROWN.with_special_tokens(["<|im_end|>"]) is GROWN
+    # A vocabulary that merges cannot express is kept as ranks.
+    ranks = [bytes([byte]) for byte in range(256)] + [b"abcd"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]
+    (tmp_path / "odd.tiktoken").write_text("\n".join(lines))
+    odd = Tokenizer.from_tiktoken(tmp_path / "odd.tiktoken", pattern="gpt2", special_tokens={"<|endoftext|>": 300})
+    assert odd.with_special_tokens(["<|im_end|>"]).encode("abcd<|im_end|>", allowed_special="all") == [256, 301]
     with pytest.raises(ValueError, match="'x' is an ordinary token"):
         BASE.with_special_tokens(["x"])
     with pytest.raises(ValueError, match="a special token is empty"):

@@ -6,6 +6,8 @@ import gzip
 import importlib.util
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -88,6 +90,16 @@ def test_the_kind_is_found_by_the_columns_and_nothing_is_lost(kind, conversation
     assert row.extra == {"source": "here", "ä": [None]}
     assert row.columns() == columns
     assert parse_row(row.columns()) == parse_row(columns)
+
+
+def test_the_rows_of_the_documentation_are_what_it_calls_them():
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    kind, found = "", set()
+    for name, row in re.findall(r"^\| ([a-z -]*?) *\|[^|]*\| `(\{.*\})` \|$", text, flags=re.MULTILINE):
+        kind = name or kind
+        assert parse_row(json.loads(row)).kind == kind
+        found.add(kind)
+    assert found == {kind.kind for kind in KINDS}
 
 
 def test_every_kind_has_an_example():
@@ -309,6 +321,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_rows(tmp_path / name))
+
+
+def test_no_files_are_no_rows():
+    with pytest.raises(DataError, match="no rows were given"):
+        list(read_rows([]))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is here")

@@ -311,6 +311,8 @@ def read_rows(
     if isinstance(source, str | Path):
         source = [source]
     if isinstance(source, list | tuple) and all(isinstance(entry, str | Path) for entry in source):
+        if not source:
+            raise DataError("no rows were given: name at least one file")
         for path in source:
             number = 0
             for number, row in enumerate(scan(path, kinds, progress), 1):  # noqa: B007 - counted for the check below
