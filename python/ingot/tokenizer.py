@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -162,6 +163,33 @@ class Tokenizer:
     def bytes_only(cls, pattern: str = "gpt2") -> Tokenizer:
         """The 256 bytes: id == byte, no merges, no special tokens."""
         return cls._wrap(_native.Tokenizer.bytes_only(pattern))
+
+    def with_special_tokens(self, names: Iterable[str]) -> Tokenizer:
+        """This tokenizer with these special tokens too: those that it lacks take the ids from :attr:`vocab_size` on, in this order.
+
+        Raises
+        ------
+        ValueError
+            A name is empty, or an ordinary token.
+        """
+        new = [name for name in dict.fromkeys(names) if name not in self.special_tokens]
+        if "" in new:
+            raise ValueError("a special token is empty: give it a name")
+        for name in new:
+            if len(self.encode_ordinary(name)) == 1:
+                raise ValueError(
+                    f"{name!r} is an ordinary token of this vocabulary: give a name that text does not have"
+                )
+        if not new:
+            return self
+        ids = range(self.vocab_size, self.vocab_size + len(new))
+        kind, contents = self._core.contents()
+        if kind == "tokenizer.json":
+            document = json.loads(contents)
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            document["added_tokens"] += [{"id": i, "content": name, **flags} for i, name in zip(ids, new, strict=True)]
+            contents = json.dumps(document).encode()
+        return _restore(kind, contents, self.pattern, [*self.special_tokens.items(), *zip(new, ids, strict=True)])
 
     def save(self, path: str | Path) -> Path:
         """Write ``tokenizer.json`` into the folder ``path`` (made if need be), or to ``path`` itself if it ends in ``.json``.

@@ -6,19 +6,15 @@ compressed (``.gz``, ``.zst``). Bytes are taken as they are: text need not be UT
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from ingot.data.files import open_binary, parse_json, reading, suffix_of
 from ingot.errors import DataError
 
 _TEXT_SUFFIXES = (".txt", ".jsonl")
-_COMPRESSIONS = (".gz", ".zst")
 _NOT_TEXT = (".parquet", ".arrow", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".npy", ".npz", ".bin", ".safetensors")
 _CHUNK_BYTES = 1 << 22
 
@@ -115,18 +111,13 @@ class Corpus:
         return ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "") or "the documents given"
 
     def _read(self, path: Path) -> Iterator[bytes]:
-        try:
-            with _open(path) as stream:
-                if _kind(path) == ".jsonl":
-                    yield from _rows(path, stream)
-                elif self._separator is not None:
-                    yield from (piece for piece in _pieces(stream, self._separator) if piece.strip())
-                elif document := stream.read():
-                    yield document
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: cannot be decompressed ({error}); is the file cut short?") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        with reading(path), open_binary(path) as stream:
+            if suffix_of(path) == ".jsonl":
+                yield from _rows(path, stream)
+            elif self._separator is not None:
+                yield from (piece for piece in _pieces(stream, self._separator) if piece.strip())
+            elif document := stream.read():
+                yield document
 
 
 def utf8(text: str) -> bytes:
@@ -163,7 +154,7 @@ def _find(source: Iterable[str | Path]) -> tuple[Path, ...]:
                 inner
                 for inner in path.rglob("*")
                 if inner.is_file()
-                and _kind(inner) in _TEXT_SUFFIXES
+                and suffix_of(inner) in _TEXT_SUFFIXES
                 and not any(part.startswith(".") for part in inner.relative_to(path).parts)
             )
             if not found:
@@ -171,75 +162,13 @@ def _find(source: Iterable[str | Path]) -> tuple[Path, ...]:
             files += found
         elif not exists:
             raise DataError(f"{path}: no such file or folder")
-        elif _kind(path) in _NOT_TEXT:
+        elif suffix_of(path) in _NOT_TEXT:
             raise DataError(f'{path}: not a text file; give .txt, or .jsonl with a "text" field')
         else:
             files.append(path)
     if not files:
         raise DataError("no text was given: name at least one file or folder")
     return tuple(files)
-
-
-def _kind(path: Path) -> str:
-    """The suffix without that of a compression, lower case."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _open(path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_Zstandard(path), _CHUNK_BYTES))
-    return path.open("rb")
-
-
-class _Zstandard(io.RawIOBase):
-    """A ``.zst`` file, decompressed; its errors are ``OSError`` as those of other files, also where the last frame is cut short."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._file = path.open("rb")
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame = self._decompressor.decompressobj()
-        self._started = False
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(buffer)  # type: ignore[arg-type]
-        while not self._ready:
-            if self._frame.eof:
-                rest = self._frame.unused_data
-                self._frame = self._decompressor.decompressobj()
-                self._started = False
-            else:
-                rest = b""
-            chunk = rest or self._file.read(_CHUNK_BYTES)
-            if not chunk:
-                if self._started:
-                    raise EOFError("the last frame is incomplete")
-                return 0
-            self._started = True
-            try:
-                self._ready = self._frame.decompress(chunk)
-            except self._error as error:
-                raise OSError(f"not valid zstandard data ({error})") from None
-        size = min(len(view), len(self._ready))
-        view[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _pieces(stream: BinaryIO, separator: bytes) -> Iterator[bytes]:
@@ -261,10 +190,9 @@ def _rows(path: Path, stream: BinaryIO) -> Iterator[bytes]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}, row {number}: not valid JSON ({error})") from None
+        row = parse_json(line)
+        if isinstance(row, ValueError):
+            raise DataError(f"{path}, row {number}: not valid JSON ({row})")
         if not isinstance(row, dict):
             raise DataError(
                 f'{path}, row {number}: a {type(row).__name__}, not an object; each row looks like {{"text": "..."}}'
