@@ -7,10 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packs import Pack, gradients, leaf, packs
 
 from ingot.errors import ConfigError
 from ingot.losses.packed import add_metrics, count_by_sequence, last_counted, spread, sum_by_sequence
@@ -24,6 +23,7 @@ from ingot.losses.preference import (
     kto_reference_point,
     orpo_loss,
 )
+from packs import Pack, gradients, leaf, packs
 
 seeds = st.integers(0, 2**32 - 1)
 scales = st.sampled_from([0.01, 1.0, 30.0, 500.0])

@@ -71,7 +71,8 @@ class Pairs:
     def finite(self) -> Bools:
         """Pairs whose four log-probabilities are all finite."""
         logps = self.chosen_logps, self.rejected_logps, self.ref_chosen_logps, self.ref_rejected_logps
-        return np.isfinite(np.stack(logps)).all(axis=0)
+        finite: Bools = np.isfinite(np.stack(logps)).all(axis=0)
+        return finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
