@@ -19,7 +19,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ingot.losses.numerics import Bools, Float32, Float64, Floats, Ints, Metrics, f64, require_shape
+from ingot.errors import ConfigError
+from ingot.losses.numerics import Bools, Float32, Float64, Floats, Ints, Metrics, f64, require_positive, require_shape
 
 
 def sequence_ids(offsets: Ints) -> Ints:
@@ -47,6 +48,25 @@ def spread(coefficients: Floats, targets: Ints, offsets: Ints) -> Float32:
     """f32 [N]: dL/dl_i of each sequence at each of its counted tokens, 0 at the others. The transpose of :func:`sum_by_sequence`."""
     require_shape((len(offsets) - 1,), coefficients=coefficients)
     return np.where(targets >= 0, f64(coefficients)[sequence_ids(offsets)], 0.0).astype(np.float32)
+
+
+def mean_weights(relative: Floats | Bools, offsets: Ints, *, reduction: str, total: float = 1.0) -> Float64:
+    """Weights w_t of a loss L = sum_t w_t L_t, f64 [N], from what each token counts beside the others (``targets >= 0`` if the same).
+
+    ``reduction`` ``"token_mean"``: relative / total, with ``total`` the sum of ``relative`` over the whole step, so every token
+    counts the same; ``"sequence_mean"``: the mean within each sequence / total, with ``total`` the sequences of the step, so every
+    sequence does; ``"sum"``: relative / total as it is, total 1.
+    """
+    require_positive(total=total)
+    require_shape((int(offsets[-1]),), relative=relative)
+    weights = f64(relative)
+    if reduction == "sequence_mean":
+        ids = sequence_ids(offsets)
+        sums = np.bincount(ids, weights, minlength=len(offsets) - 1)
+        weights = np.divide(weights, sums[ids], out=np.zeros_like(weights), where=sums[ids] > 0)
+    elif reduction not in ("token_mean", "sum"):
+        raise ConfigError(f"reduction must be token_mean, sequence_mean or sum, got {reduction!r}")
+    return f64(weights / total)
 
 
 def last_counted(targets: Ints, offsets: Ints) -> Ints:

@@ -483,8 +483,8 @@ def kto_reference_point(logps: Floats, ref_logps: Floats) -> float:
     from the reference on the whole (KTO's estimate of their KL divergence), taken as a constant. Over the whole step, finite rows.
     """
     require_shape(np.shape(logps), ref_logps=ref_logps)
-    logratios = f64(logps) - f64(ref_logps)
-    logratios = logratios[np.isfinite(logratios)]
+    finite = np.isfinite(logps) & np.isfinite(ref_logps)
+    logratios = f64(logps)[finite] - f64(ref_logps)[finite]
     return max(0.0, float(logratios.mean())) if logratios.size else 0.0
 
 
@@ -501,7 +501,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[float, Float64, Metrics]:
-    """KTO (Ethayarajh et al. 2024, eqs. 7 and 8): single verdicts, good or bad, instead of pairs.
+    """KTO (Ethayarajh et al. 2024, eq. 7): single verdicts, good or bad, instead of pairs.
 
     A good example has the loss w_D (1 - s(beta (d - z))), a bad one w_U s(beta (d - z)); the mean over all examples.
 
@@ -533,9 +533,8 @@ def kto_loss(
         raise ConfigError(f"loss_type apo_zero_unpaired has no reference point: kl must be 0, got {kl}")
     require_positive(num_examples=num_chosen + num_rejected)
     require_shape(np.shape(logps), ref_logps=ref_logps, labels=labels)
-    logratios = f64(logps) - f64(ref_logps)
-    finite = np.isfinite(logratios)
-    logratios = np.where(finite, logratios, 0.0)
+    finite = np.isfinite(logps) & np.isfinite(ref_logps)
+    logratios = np.where(finite, f64(logps), 0.0) - np.where(finite, ref_logps, 0.0)
     good, bad = finite & labels, finite & ~labels
     x = beta * (logratios - kl)
     weights = np.where(good, desirable_weight, np.where(bad, undesirable_weight, 0.0)) / (num_chosen + num_rejected)

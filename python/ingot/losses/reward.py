@@ -308,9 +308,8 @@ def rating_loss(rewards: Floats, ratings: Floats, *, num_ratings: float) -> tupl
     """L = mean (r - y)^2 for ratings y on a scale: (loss, d_rewards f64 like ``rewards``, metrics). NaN is no rating."""
     require_positive(num_ratings=num_ratings)
     require_shape(np.shape(rewards), ratings=ratings)
-    error = f64(rewards) - f64(ratings)
-    finite = np.isfinite(error)
-    error = np.where(finite, error, 0.0)
+    finite = np.isfinite(rewards) & np.isfinite(ratings)
+    error = np.where(finite, f64(rewards), 0.0) - np.where(finite, ratings, 0.0)
     loss = float((error**2).sum() / num_ratings)
     dropped = float(np.count_nonzero(~np.isfinite(rewards)))
     return (
