@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ingot.errors import ConfigError
-from ingot.losses.kl import kl_loss
+from ingot.losses.kl import kl_estimate, kl_loss
 from ingot.losses.numerics import (
     Bools,
     Float32,
@@ -256,7 +256,7 @@ def grpo_loss(
         f64; f32 [N].
     metrics
         ``loss``; ``clip_ratio/low_mean``, ``high_mean``, ``region_mean`` (shares of tokens, or of responses for ``sequence``),
-        ``clip_ratio/low_min``, ``clip_ratio/high_max`` (by response), or ``cispo_clip_ratio``; ``kl`` with beta > 0.
+        ``clip_ratio/low_min``, ``clip_ratio/high_max`` (by response), or ``cispo_clip_ratio``; ``kl`` by token with beta > 0.
     """
     require_positive(num_sequences=num_sequences, num_tokens=num_tokens)
     cispo = loss_type == "cispo"
@@ -317,11 +317,13 @@ def grpo_loss(
         metrics["clip_ratio/low_min"] = float(shares["clip_ratio/low_mean"].min())
         metrics["clip_ratio/high_max"] = float(shares["clip_ratio/high_mean"].max())
     if ref_logprobs is not None:
-        penalty, d_penalty, found = kl_loss(
-            logprobs, ref_logprobs, np.where(keep, targets, -1), weights, beta=beta, kl_estimator=kl_estimator
+        ref = np.where(keep, f64(ref_logprobs), 0.0)
+        penalty, d_penalty, _ = kl_loss(
+            lp, ref, np.where(keep, targets, -1), weights, beta=beta, kl_estimator=kl_estimator
         )
         loss, d_logprobs = loss + penalty, d_logprobs + d_penalty
-        metrics |= {"loss": loss, "kl": found["kl"]}
+        # By token whatever the loss averages over, so that runs compare.
+        metrics |= {"loss": loss, "kl": float(kl_estimate(lp, ref, kl_estimator)[0].sum() / num_tokens)}
     return loss, d_logprobs.astype(np.float32), metrics
 
 
