@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingot.errors import ConfigError
-from ingot.losses.packed import add_metrics, count_by_sequence, last_counted, spread, sum_by_sequence
+from ingot.losses.packed import add_metrics
 from ingot.losses.preference import (
     LOSS_TYPES,
     SMOOTHED,
@@ -23,7 +23,7 @@ from ingot.losses.preference import (
     kto_reference_point,
     orpo_loss,
 )
-from packs import Pack, gradients, leaf, packs
+from packs import gradients, leaf
 from tabular import adam, log_softmax
 
 seeds = st.integers(0, 2**32 - 1)
@@ -365,34 +365,6 @@ def test_kto_reference_point_and_dropped_rows():
             num_rejected=0,
             loss_type="apo_zero_unpaired",
         )
-
-
-@settings(max_examples=60, deadline=None)
-@given(packs())
-def test_sums_counts_and_their_transpose(pack: Pack):
-    values = pack.normal(100.0)
-    sums = sum_by_sequence(values, pack.targets, pack.offsets)
-    for i, part in enumerate(pack.slices()):
-        counted = pack.counted[part]
-        assert sums[i] == pytest.approx(math.fsum(values[part][counted].tolist()), rel=1e-12, abs=1e-12)
-        assert count_by_sequence(pack.targets, pack.offsets)[i] == counted.sum()
-        expected = part.start + np.flatnonzero(counted)[-1] if counted.any() else -1
-        assert last_counted(pack.targets, pack.offsets)[i] == expected
-    coefficients = pack.rng.normal(size=pack.num_sequences).astype(np.float32)
-    spread_out = spread(coefficients, pack.targets, pack.offsets)
-    assert spread_out.dtype == np.float32
-    assert (spread_out[~pack.counted] == 0).all()
-    # <spread(c), v> = <c, sum(v)>: one is the transpose of the other.
-    assert float(spread_out.astype(float) @ values) == pytest.approx(float(coefficients @ sums), rel=1e-9, abs=1e-6)
-
-
-def test_the_sum_does_not_depend_on_neighbours():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=300).astype(np.float32)
-    targets = np.zeros(300, np.int32)
-    alone = sum_by_sequence(values[100:200], targets[:100], np.array([0, 100]))
-    packed = sum_by_sequence(values, targets, np.array([0, 100, 200, 300]))
-    assert alone[0] == packed[1]
 
 
 # What the optimum is.

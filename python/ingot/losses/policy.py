@@ -300,9 +300,8 @@ def grpo_loss(
         clips = {"cispo_clip_ratio": keep & (rho > high_bound) & (a > 0)}
     else:
         losses, d_log_ratio, low, high = _clipped_surrogate(log_ratio, a, epsilon, high_bound, delta)
+        # By sequence all of its n tokens share one ratio, and each moves its logarithm by 1 / n: n w d / n, the same again.
         d_logprobs = weights * d_log_ratio
-        if by_sequence:
-            d_logprobs = np.where(keep, (np.bincount(ids, d_logprobs, minlength=num) / lengths)[ids], 0.0)
         clips = {
             "clip_ratio/low_mean": keep & low,
             "clip_ratio/high_mean": keep & high,
