@@ -152,6 +152,23 @@ def test_group_advantages_do_not_see_affine_changes_of_the_reward():
     np.testing.assert_allclose(rloo_advantages(rewards + shifts, ids)[0], rloo_advantages(rewards, ids)[0], atol=1e-12)
 
 
+def test_leaving_oneself_out_is_unbiased_and_the_plain_mean_shrinks():
+    """All 64 groups of three samples from four outcomes: the mean gradient is the exact one, or (K - 1) / K of it."""
+    rng = np.random.default_rng(6)
+    logits, reward, size = rng.normal(size=4), rng.normal(size=4), 3
+    p = np.exp(logits) / np.exp(logits).sum()
+    exact = p * (reward - p @ reward)
+    leave_one_out, plain = np.zeros(4), np.zeros(4)
+    for group in itertools.product(range(4), repeat=size):
+        rewards, ids = reward[list(group)], np.zeros(size, int)
+        scores = np.eye(4)[list(group)] - p  # d ln p(outcome) / d logits
+        chance = p[list(group)].prod() / size
+        leave_one_out += chance * rloo_advantages(rewards, ids)[0] @ scores
+        plain += chance * group_advantages(rewards, ids, scale_rewards="none")[0] @ scores
+    np.testing.assert_allclose(leave_one_out, exact, atol=1e-14)
+    np.testing.assert_allclose(plain, exact * (size - 1) / size, atol=1e-14)
+
+
 def test_responses_without_a_score_or_without_company_teach_nothing():
     rewards, ids = np.array([1.0, np.nan, 3.0, 4.0]), np.array([0, 0, 0, 1])
     ours, metrics = group_advantages(rewards, ids, scale_rewards="none")

@@ -95,7 +95,7 @@ def written_out(loss_type, p, lc, lr, beta, eps, tau):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=seeds, scale=scales, beta=st.sampled_from([0.01, 0.1, 0.5]), num_pairs=st.integers(1, 6))
 def test_values_and_gradients_are_those_of_autograd(loss_type, seed, scale, beta, num_pairs):
     rng = np.random.default_rng(seed)
@@ -152,7 +152,7 @@ def test_worked_values():
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @given(seed=seeds, shift=st.floats(-50, 50))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_only_the_ratio_to_the_reference_counts(loss_type, seed, shift):
     """Adding c_i to l and r of pair i changes nothing; AOT compares margins, so there both responses of a pair get it."""
     rng = np.random.default_rng(seed)
@@ -184,6 +184,34 @@ def test_micro_batches_add_up(loss_type):
     assert sum(part[0] for part in parts) == pytest.approx(whole[0])
     np.testing.assert_allclose(np.concatenate([part[1] for part in parts]), whole[1], rtol=1e-12)
     assert add_metrics(part[3] for part in parts) == pytest.approx(whole[3])
+
+
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - {"aot", "aot_unpaired"}))
+def test_a_pair_of_weight_two_is_that_pair_twice(loss_type):
+    p = random_pairs(np.random.default_rng(4), 3, 5.0)
+    eps = 0.1 if loss_type in SMOOTHED else 0.0
+    weighted = dpo_loss(p, num_pairs=6, weights=np.array([2.0, 1.0, 3.0]), loss_type=loss_type, label_smoothing=eps)
+    repeated = dpo_loss(p[np.array([0, 0, 1, 2, 2, 2])], num_pairs=6, loss_type=loss_type, label_smoothing=eps)
+    assert weighted[0] == pytest.approx(repeated[0])
+    for ours, theirs in zip(weighted[1:3], repeated[1:3], strict=True):
+        np.testing.assert_allclose(ours, theirs[[0, 2, 3]] * [2, 1, 3], rtol=1e-12)
+    assert weighted[3] == pytest.approx(repeated[3])
+
+
+def test_weights_without_a_reference():
+    p = random_pairs(np.random.default_rng(4), 3, 5.0)
+    logps, lengths = np.stack([p.chosen_logps, p.rejected_logps]), np.stack([p.chosen_lengths, p.rejected_lengths]) + 1
+    weights, order = np.array([2.0, 1.0, 3.0]), np.array([0, 0, 1, 2, 2, 2])
+    for loss, more in ((cpo_loss, {"num_chosen_tokens": 30}), (orpo_loss, {})):
+        weighted = loss(*logps, *lengths, num_pairs=6, weights=weights, **more)
+        repeated = loss(*logps[:, order], *lengths[:, order], num_pairs=6, **more)
+        assert weighted[0] == pytest.approx(repeated[0])
+        np.testing.assert_allclose(weighted[1], repeated[1][[0, 2, 3]] * weights, rtol=1e-12)
+        assert weighted[3] == pytest.approx(repeated[3])
+    with pytest.raises(ValueError, match="weights"):
+        cpo_loss(*logps, *lengths, num_pairs=6, num_chosen_tokens=1, weights=np.ones(2))
+    with pytest.raises(ConfigError, match="aot"):
+        dpo_loss(p, num_pairs=3, weights=np.ones(3), loss_type="aot")
 
 
 def test_order_of_pairs_does_not_matter():

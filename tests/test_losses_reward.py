@@ -128,6 +128,24 @@ def test_kwise_of_two_is_pairwise():
     assert ranked[2] == pytest.approx(pairs[3])
 
 
+def test_ranked_lists_as_weighted_pairs():
+    rng = np.random.default_rng(3)
+    offsets, ranks = random_groups(rng)
+    rewards, by = rng.normal(size=len(ranks)), compare_ranks(ranks, offsets)
+    total = count_groups(ranks, offsets)[0]
+    ranked = kwise_loss(rewards, ranks, offsets, num_groups=total, center_rewards_coefficient=0.1)
+    pairs = pairwise_loss(
+        rewards[by.winners], rewards[by.losers], num_pairs=total, weights=by.weights, center_rewards_coefficient=0.1
+    )
+    assert pairs[0] == pytest.approx(ranked[0])
+    by_row = np.bincount(by.winners, pairs[1], minlength=len(ranks)) + np.bincount(
+        by.losers, pairs[2], minlength=len(ranks)
+    )
+    np.testing.assert_allclose(by_row, ranked[1], rtol=1e-12, atol=1e-15)
+    for name in ("accuracy", "margin", "mean_reward"):
+        assert pairs[3][name] == pytest.approx(ranked[2][name])
+
+
 def test_kwise_with_a_head_for_each_criterion():
     rng = np.random.default_rng(4)
     offsets, ranks = random_groups(rng, num_columns=3)

@@ -2,6 +2,14 @@
 
 They take summed log-probabilities of whole responses (:func:`~ingot.losses.packed.sum_by_sequence`), l under the policy and r under
 the reference, and give dL/dl for :func:`~ingot.losses.packed.spread`. Reference log-probabilities never change: compute them once.
+With chosen and rejected in turn in one pack, a step is::
+
+    ctx, out = model.forward(tokens, offsets, targets, want=("logprobs",))
+    logps, lengths = sum_by_sequence(out.logprobs, targets, offsets), count_by_sequence(targets, offsets)
+    pairs = Pairs(chosen_logps=logps[0::2], rejected_logps=logps[1::2], ...)
+    loss, d_chosen, d_rejected, metrics = dpo_loss(pairs, num_pairs=num_pairs)
+    d_logps = np.stack([d_chosen, d_rejected], axis=1).ravel()
+    model.backward(ctx, d_logprobs=spread(d_logps, targets, offsets))
 
 Notation: d = l - r, the log-ratio; c chosen, r rejected; n response lengths; x = beta (d_c - d_r), the margin of the implicit
 rewards; s the logistic function. Loss types and settings carry TRL's names. Each loss is a mean over the ``num_pairs`` pairs of the
@@ -254,30 +262,40 @@ def _check(loss_type: str, known: Mapping[str, object] | frozenset[str], beta: f
         raise ConfigError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
 
 
-def _pair_metrics(chosen_rewards: Float64, rejected_rewards: Float64, pairs: Pairs, num_pairs: float) -> Metrics:
+def _pair_metrics(chosen_rewards: Float64, rejected_rewards: Float64, pairs: Pairs, w: Float64) -> Metrics:
     margins = chosen_rewards - rejected_rewards
     return {
-        "rewards/chosen": float(chosen_rewards.sum() / num_pairs),
-        "rewards/rejected": float(rejected_rewards.sum() / num_pairs),
-        "rewards/accuracies": float(np.count_nonzero(margins > 0) / num_pairs),
-        "rewards/margins": float(margins.sum() / num_pairs),
-        "logps/chosen": float(f64(pairs.chosen_logps).sum() / num_pairs),
-        "logps/rejected": float(f64(pairs.rejected_logps).sum() / num_pairs),
+        "rewards/chosen": float(w @ chosen_rewards),
+        "rewards/rejected": float(w @ rejected_rewards),
+        "rewards/accuracies": float(w @ (margins > 0)),
+        "rewards/margins": float(w @ margins),
+        "logps/chosen": float(w @ pairs.chosen_logps),
+        "logps/rejected": float(w @ pairs.rejected_logps),
     }
 
 
-def _placed(terms: Terms, finite: Bools, num_pairs: float) -> tuple[float, Float64, Float64]:
+def _shares(weights: Floats | None, keep: Bools, num_pairs: float) -> Float64:
+    """What each kept pair counts in the step's mean."""
+    require_positive(num_pairs=num_pairs)
+    if weights is None:
+        return np.full(np.count_nonzero(keep), 1 / num_pairs)
+    require_shape(keep.shape, weights=weights)
+    return f64(f64(weights)[keep] / num_pairs)
+
+
+def _placed(terms: Terms, keep: Bools, w: Float64) -> tuple[float, Float64, Float64]:
     """The step's mean loss and its gradients with a row for every pair, 0 for the dropped."""
     loss, by_c, by_r = terms
-    d_chosen, d_rejected = np.zeros(finite.shape), np.zeros(finite.shape)
-    d_chosen[finite], d_rejected[finite] = by_c / num_pairs, by_r / num_pairs
-    return float(loss.sum() / num_pairs), d_chosen, d_rejected
+    d_chosen, d_rejected = np.zeros(keep.shape), np.zeros(keep.shape)
+    d_chosen[keep], d_rejected[keep] = w * by_c, w * by_r
+    return float(w @ loss), d_chosen, d_rejected
 
 
 def dpo_loss(
     pairs: Pairs,
     *,
     num_pairs: float,
+    weights: Floats | None = None,
     loss_type: str = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -288,7 +306,10 @@ def dpo_loss(
     Parameters
     ----------
     num_pairs
-        Pairs of the whole step.
+        Pairs of the whole step, or the sum of their weights.
+    weights
+        What each pair counts, [B]; 1 unless given. The pairs of one ranked list have 1 / (their number), so that it counts as one.
+        Not for the AOT types, which have no pairs of their own.
     beta, label_smoothing, discopop_tau
         :class:`Settings`.
 
@@ -314,15 +335,16 @@ def dpo_loss(
         raise ConfigError("loss_type exo_pair needs label_smoothing above 0, for example 0.001")
     if not discopop_tau > 0:
         raise ConfigError(f"discopop_tau must be above 0, got {discopop_tau}")
-    require_positive(num_pairs=num_pairs)
-    kept = pairs[pairs.finite]
+    if weights is not None and loss_type in ("aot", "aot_unpaired"):
+        raise ConfigError(f"loss_type {loss_type} takes no weights: it compares sorted batches, not pairs")
+    kept, w = pairs[pairs.finite], _shares(weights, pairs.finite, num_pairs)
     settings = Settings(beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
-    loss, d_chosen, d_rejected = _placed(LOSS_TYPES[loss_type](kept, settings), pairs.finite, num_pairs)
+    loss, d_chosen, d_rejected = _placed(LOSS_TYPES[loss_type](kept, settings), pairs.finite, w)
     chosen_rewards, rejected_rewards = beta * kept.chosen_logratios, beta * kept.rejected_logratios
     metrics = {
         "loss": loss,
-        **_pair_metrics(chosen_rewards, rejected_rewards, kept, num_pairs),
-        "rewards/saturated": float(np.count_nonzero(chosen_rewards - rejected_rewards > 5) / num_pairs),
+        **_pair_metrics(chosen_rewards, rejected_rewards, kept, w),
+        "rewards/saturated": float(w @ (chosen_rewards - rejected_rewards > 5)),
         "num_dropped": float(np.count_nonzero(~pairs.finite)),
     }
     return loss, d_chosen, d_rejected, metrics
@@ -339,6 +361,7 @@ def cpo_loss(
     *,
     num_pairs: float,
     num_chosen_tokens: float = 0.0,
+    weights: Floats | None = None,
     loss_type: str = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -364,7 +387,9 @@ def cpo_loss(
     chosen_lengths, rejected_lengths
         Counted tokens, [B].
     num_pairs, num_chosen_tokens
-        Of the whole step; the second is needed unless ``cpo_alpha`` is 0.
+        Of the whole step; the second is needed unless ``cpo_alpha`` is 0. With weights, sums of them.
+    weights
+        What each pair counts, [B]; 1 unless given.
 
     Returns
     -------
@@ -376,11 +401,10 @@ def cpo_loss(
         raise ConfigError(
             f"label_smoothing has no effect on loss_type {loss_type}: leave it 0, or take sigmoid or simpo"
         )
-    require_positive(num_pairs=num_pairs)
     if cpo_alpha != 0:
         require_positive(num_chosen_tokens=num_chosen_tokens)
     pairs = _without_reference(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
-    kept = pairs[pairs.finite]
+    kept, w = pairs[pairs.finite], _shares(weights, pairs.finite, num_pairs)
     per_token = loss_type in ("simpo", "ipo")
     n_c = np.maximum(kept.chosen_lengths, 1.0) if per_token else np.ones_like(kept.chosen_logps)
     n_r = np.maximum(kept.rejected_lengths, 1.0) if per_token else np.ones_like(kept.rejected_logps)
@@ -393,16 +417,17 @@ def cpo_loss(
     else:
         losses, d_x = _logistic(f64(beta * margin - (simpo_gamma if loss_type == "simpo" else 0.0)), label_smoothing)
         d_margin = beta * d_x
-    loss, d_chosen, d_rejected = _placed((losses, f64(d_margin / n_c), f64(-d_margin / n_r)), pairs.finite, num_pairs)
+    loss, d_chosen, d_rejected = _placed((losses, f64(d_margin / n_c), f64(-d_margin / n_r)), pairs.finite, w)
     nll_loss = 0.0
     if cpo_alpha != 0:
-        nll_loss = -float(kept.chosen_logps.sum() / num_chosen_tokens)
-        d_chosen[pairs.finite] -= cpo_alpha / num_chosen_tokens
+        by_token = w * num_pairs / num_chosen_tokens
+        nll_loss = -float(by_token @ kept.chosen_logps)
+        d_chosen[pairs.finite] -= cpo_alpha * by_token
         loss += cpo_alpha * nll_loss
     metrics = {
         "loss": loss,
         "nll_loss": nll_loss,
-        **_pair_metrics(f64(beta * kept.chosen_logps / n_c), f64(beta * kept.rejected_logps / n_r), kept, num_pairs),
+        **_pair_metrics(f64(beta * kept.chosen_logps / n_c), f64(beta * kept.rejected_logps / n_r), kept, w),
         "num_dropped": float(np.count_nonzero(~pairs.finite)),
     }
     return loss, d_chosen, d_rejected, metrics
@@ -415,6 +440,7 @@ def orpo_loss(
     rejected_lengths: Ints,
     *,
     num_pairs: float,
+    weights: Floats | None = None,
     beta: float = 0.1,
     nll: bool = True,
 ) -> tuple[float, Float64, Float64, Metrics]:
@@ -429,8 +455,8 @@ def orpo_loss(
         l_c and l_r, [B]. A response of probability 1 (or without a token) has infinite odds: its pair is dropped.
     chosen_lengths, rejected_lengths
         Counted tokens, [B].
-    num_pairs
-        Pairs of the whole step.
+    num_pairs, weights
+        As :func:`dpo_loss`.
     beta
         Weight of the odds ratio, lambda in the paper.
     nll
@@ -443,23 +469,23 @@ def orpo_loss(
         As :func:`dpo_loss`, with rewards beta a and beta b; ``nll_loss``, ``log_odds_ratio`` (ln s(o)), ``log_odds_chosen`` (o).
     """
     _check("orpo", frozenset({"orpo"}), beta, 0.0)
-    require_positive(num_pairs=num_pairs)
     pairs = _without_reference(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
     n_c, n_r = np.maximum(pairs.chosen_lengths, 1.0), np.maximum(pairs.rejected_lengths, 1.0)
     a, b = f64(pairs.chosen_logps / n_c), f64(pairs.rejected_logps / n_r)
     keep = pairs.finite & (a < 0) & (b < 0)
+    w = _shares(weights, keep, num_pairs)
     a, b, n_c, n_r = a[keep], b[keep], n_c[keep], n_r[keep]
     o = (a - b) - (log1mexp(a) - log1mexp(b))
     pull = beta * sigmoid(-o)
-    weight = 1.0 if nll else 0.0
-    terms = -weight * a - beta * log_sigmoid(o), (-weight + pull / np.expm1(a)) / n_c, -pull / np.expm1(b) / n_r
-    loss, d_chosen, d_rejected = _placed(terms, keep, num_pairs)
+    alone = 0.0 if nll else 1.0
+    terms = (alone - 1) * a - beta * log_sigmoid(o), (alone - 1 + pull / np.expm1(a)) / n_c, -pull / np.expm1(b) / n_r
+    loss, d_chosen, d_rejected = _placed(terms, keep, w)
     metrics = {
         "loss": loss,
-        "nll_loss": -float(a.sum() / num_pairs),
-        "log_odds_ratio": float(log_sigmoid(o).sum() / num_pairs),
-        "log_odds_chosen": float(o.sum() / num_pairs),
-        **_pair_metrics(beta * a, beta * b, pairs[keep], num_pairs),
+        "nll_loss": -float(w @ a),
+        "log_odds_ratio": float(w @ log_sigmoid(o)),
+        "log_odds_chosen": float(w @ o),
+        **_pair_metrics(beta * a, beta * b, pairs[keep], w),
         "num_dropped": float(np.count_nonzero(~keep)),
     }
     return loss, d_chosen, d_rejected, metrics

@@ -128,6 +128,7 @@ def pairwise_loss(
     rejected_rewards: Floats,
     *,
     num_pairs: float,
+    weights: Floats | None = None,
     margins: Floats | None = None,
     labels: Floats | None = None,
     center_rewards_coefficient: float = 0.0,
@@ -139,7 +140,9 @@ def pairwise_loss(
     chosen_rewards, rejected_rewards
         r_c and r_r, [B].
     num_pairs
-        Pairs of the whole step.
+        Pairs of the whole step, or the sum of their weights.
+    weights
+        What each pair counts, [B]; 1 unless given. Pairs of one ranked list have 1 / (their number): then this is :func:`kwise_loss`.
     margins
         m [B]: by how much the chosen should win (Touvron et al. 2023); 0 unless given.
     labels
@@ -158,7 +161,9 @@ def pairwise_loss(
         ``min_reward``, ``max_reward``.
     """
     require_positive(num_pairs=num_pairs)
-    require_shape(np.shape(chosen_rewards), rejected_rewards=rejected_rewards, margins=margins, labels=labels)
+    require_shape(
+        np.shape(chosen_rewards), rejected_rewards=rejected_rewards, weights=weights, margins=margins, labels=labels
+    )
     rewards = np.concatenate([f64(chosen_rewards), f64(rejected_rewards)])
     num = len(rewards) // 2
     finite = np.isfinite(rewards[:num]) & np.isfinite(rewards[num:])
@@ -166,11 +171,12 @@ def pairwise_loss(
     judged = np.ones(num) if labels is None else f64(labels)
     if not ((judged >= 0) & (judged <= 1)).all():
         raise ValueError("labels must be probabilities, between 0 and 1")
-    by = Comparisons(rows, rows + num, judged[rows], np.full(len(rows), 1 / num_pairs))
+    w = (np.ones(num) if weights is None else f64(weights))[rows] / num_pairs
+    by = Comparisons(rows, rows + num, judged[rows], f64(w))
     m = 0.0 if margins is None else f64(margins)[rows]
     loss, d_rewards, metrics = _compare(rewards, by, m, center_rewards_coefficient)
     kept = rewards[np.concatenate([rows, rows + num])]
-    metrics |= {"loss": loss, "mean_reward": float(kept.sum() / (2 * num_pairs)), **_spread_of(kept)}
+    metrics |= {"loss": loss, "mean_reward": float(np.tile(w, 2) @ kept / 2), **_spread_of(kept)}
     metrics["num_dropped"] = float(num - len(rows))
     return loss, d_rewards[:num], d_rewards[num:], metrics
 
