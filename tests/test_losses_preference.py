@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -45,6 +46,12 @@ def random_pairs(rng: np.random.Generator, num_pairs: int, scale: float) -> Pair
         ref_rejected_logps=logps[3],
         chosen_lengths=lengths[0],
         rejected_lengths=lengths[1],
+    )
+
+
+def without_reference(logps: np.ndarray, lengths: np.ndarray) -> Pairs:
+    return Pairs.without_reference(
+        chosen_logps=logps[0], rejected_logps=logps[1], chosen_lengths=lengths[0], rejected_lengths=lengths[1]
     )
 
 
@@ -200,16 +207,16 @@ def test_a_pair_of_weight_two_is_that_pair_twice(loss_type):
 
 def test_weights_without_a_reference():
     p = random_pairs(np.random.default_rng(4), 3, 5.0)
-    logps, lengths = np.stack([p.chosen_logps, p.rejected_logps]), np.stack([p.chosen_lengths, p.rejected_lengths]) + 1
+    p = dataclasses.replace(p, chosen_lengths=p.chosen_lengths + 1, rejected_lengths=p.rejected_lengths + 1)
     weights, order = np.array([2.0, 1.0, 3.0]), np.array([0, 0, 1, 2, 2, 2])
     for loss, more in ((cpo_loss, {"num_chosen_tokens": 30}), (orpo_loss, {})):
-        weighted = loss(*logps, *lengths, num_pairs=6, weights=weights, **more)
-        repeated = loss(*logps[:, order], *lengths[:, order], num_pairs=6, **more)
+        weighted = loss(p, num_pairs=6, weights=weights, **more)
+        repeated = loss(p[order], num_pairs=6, **more)
         assert weighted[0] == pytest.approx(repeated[0])
         np.testing.assert_allclose(weighted[1], repeated[1][[0, 2, 3]] * weights, rtol=1e-12)
         assert weighted[3] == pytest.approx(repeated[3])
     with pytest.raises(ValueError, match="weights"):
-        cpo_loss(*logps, *lengths, num_pairs=6, num_chosen_tokens=1, weights=np.ones(2))
+        cpo_loss(p, num_pairs=6, num_chosen_tokens=1, weights=np.ones(2))
     with pytest.raises(ConfigError, match="aot"):
         dpo_loss(p, num_pairs=3, weights=np.ones(3), loss_type="aot")
 
@@ -270,6 +277,13 @@ def test_settings_without_effect_are_refused():
             chosen_lengths=np.ones(2, int),
             rejected_lengths=np.ones(2, int),
         )
+    for wrong in ({"loss_type": "robust"}, {"loss_type": "ipo", "label_smoothing": 0.1}, {"beta": -1.0}):
+        with pytest.raises(ConfigError):
+            cpo_loss(p, num_pairs=2, cpo_alpha=0.0, **wrong)
+    with pytest.raises(ValueError, match="num_chosen_tokens"):
+        cpo_loss(p, num_pairs=2)
+    with pytest.raises(ConfigError):
+        orpo_loss(p, num_pairs=2, beta=0.0)
     with pytest.raises(ValueError, match="num_pairs"):
         dpo_loss(p, num_pairs=0)
 
@@ -293,10 +307,7 @@ def test_cpo_and_simpo(loss_type, seed, scale, alpha):
     }.get(loss_type, -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x))
     expected = losses.sum() / 5 - alpha * lc.sum() / 20
     loss, d_chosen, d_rejected, metrics = cpo_loss(
-        p.chosen_logps,
-        p.rejected_logps,
-        p.chosen_lengths,
-        p.rejected_lengths,
+        p,
         num_pairs=5,
         num_chosen_tokens=20 if alpha else 0,
         loss_type=loss_type,
@@ -322,7 +333,7 @@ def test_orpo(seed, scale, nll):
     a, b = lc / torch.tensor(lengths[0]), lr / torch.tensor(lengths[1])
     odds = (a - torch.log(-torch.expm1(a))) - (b - torch.log(-torch.expm1(b)))
     expected = (-0.3 * F.logsigmoid(odds) - (a if nll else 0)).sum() / 5
-    loss, d_chosen, d_rejected, metrics = orpo_loss(*logps, *lengths, num_pairs=5, beta=0.3, nll=nll)
+    loss, d_chosen, d_rejected, metrics = orpo_loss(without_reference(logps, lengths), num_pairs=5, beta=0.3, nll=nll)
     assert loss == pytest.approx(float(expected.detach()), rel=1e-8)
     by_chosen, by_rejected = gradients(expected, lc, lr)
     np.testing.assert_allclose(d_chosen, by_chosen, rtol=1e-7)
@@ -332,9 +343,8 @@ def test_orpo(seed, scale, nll):
 
 def test_orpo_drops_certain_responses():
     """Probability 1, or no token at all: infinite odds."""
-    loss, d_chosen, d_rejected, metrics = orpo_loss(
-        np.array([0.0, -1.0, -1.0]), np.array([-1.0, 0.0, -2.0]), np.array([0, 1, 1]), np.array([1, 0, 1]), num_pairs=3
-    )
+    logps, lengths = np.array([[0.0, -1.0, -1.0], [-1.0, 0.0, -2.0]]), np.array([[0, 1, 1], [1, 0, 1]])
+    loss, d_chosen, d_rejected, metrics = orpo_loss(without_reference(logps, lengths), num_pairs=3)
     assert math.isfinite(loss)
     assert metrics["num_dropped"] == 2
     assert (d_chosen != 0).tolist() == (d_rejected != 0).tolist() == [False, False, True]

@@ -62,6 +62,21 @@ class Pairs:
         for name, values in fields.items():
             object.__setattr__(self, name, f64(values))
 
+    @classmethod
+    def without_reference(
+        cls, *, chosen_logps: Floats, rejected_logps: Floats, chosen_lengths: Ints, rejected_lengths: Ints
+    ) -> Pairs:
+        """Pairs for the objectives that have no reference model: r is 0 for all."""
+        zeros = np.zeros(np.shape(chosen_logps))
+        return cls(
+            chosen_logps=chosen_logps,
+            rejected_logps=rejected_logps,
+            ref_chosen_logps=zeros,
+            ref_rejected_logps=zeros,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+        )
+
     @property
     def chosen_logratios(self) -> Float64:
         """d_c = l_c - r_c."""
@@ -72,7 +87,7 @@ class Pairs:
         """d_r = l_r - r_r."""
         return f64(self.rejected_logps - self.ref_rejected_logps)
 
-    def __getitem__(self, rows: Bools) -> Pairs:
+    def __getitem__(self, rows: Bools | Ints) -> Pairs:
         return Pairs(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     @property
@@ -93,6 +108,8 @@ class Settings:
     """Assumed share of flipped labels, eps."""
     discopop_tau: float = 0.05
     """Width of DiscoPOP's blend."""
+    simpo_gamma: float = 0.5
+    """Margin by which SimPO's chosen response should win, in units of its reward."""
 
 
 Terms = tuple[Float64, Float64, Float64]
@@ -150,6 +167,13 @@ def sigmoid_norm_terms(pairs: Pairs, settings: Settings) -> Terms:
     """-ln s(beta (d_c / n_c - d_r / n_r)), smoothed as DPO: per token, so that length earns nothing."""
     mean_c, mean_r, n_c, n_r = _mean_scores(pairs)
     loss, d_x = _logistic(settings.beta * (mean_c - mean_r), settings.label_smoothing)
+    return loss, settings.beta * d_x / n_c, -settings.beta * d_x / n_r
+
+
+def simpo_terms(pairs: Pairs, settings: Settings) -> Terms:
+    """-ln s(beta (l_c / n_c - l_r / n_r) - gamma), smoothed as DPO: SimPO (Meng et al. 2024), of pairs without reference."""
+    mean_c, mean_r, n_c, n_r = _mean_scores(pairs)
+    loss, d_x = _logistic(settings.beta * (mean_c - mean_r) - settings.simpo_gamma, settings.label_smoothing)
     return loss, settings.beta * d_x / n_c, -settings.beta * d_x / n_r
 
 
@@ -249,17 +273,31 @@ LOSS_TYPES: Mapping[str, Callable[[Pairs, Settings], Terms]] = {
 }
 """``loss_type`` of :func:`dpo_loss` -> its terms."""
 
-SMOOTHED = frozenset({"sigmoid", "robust", "sigmoid_norm", "exo_pair", "aot", "aot_unpaired"})
+CPO_LOSS_TYPES: Mapping[str, Callable[[Pairs, Settings], Terms]] = {
+    "sigmoid": sigmoid_terms,
+    "hinge": hinge_terms,
+    "ipo": ipo_terms,
+    "simpo": simpo_terms,
+}
+"""``loss_type`` of :func:`cpo_loss` -> its terms, of pairs without reference."""
+
+SMOOTHED = frozenset({"sigmoid", "robust", "sigmoid_norm", "exo_pair", "aot", "aot_unpaired", "simpo"})
 """Loss types that use ``label_smoothing``."""
 
 
-def _check(loss_type: str, known: Mapping[str, object] | frozenset[str], beta: float, label_smoothing: float) -> None:
+def _check(loss_type: str, known: Mapping[str, object], settings: Settings) -> None:
     if loss_type not in known:
         raise ConfigError(f"loss_type must be one of {', '.join(known)}, got {loss_type!r}")
-    if not beta > 0:
-        raise ConfigError(f"beta must be above 0, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ConfigError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
+    if not 0 <= settings.label_smoothing < 0.5:
+        raise ConfigError(f"label_smoothing must be at least 0 and below 0.5, got {settings.label_smoothing}")
+    if settings.label_smoothing > 0 and loss_type not in SMOOTHED:
+        takers = ", ".join(sorted(SMOOTHED & set(known)))
+        raise ConfigError(
+            f"label_smoothing has no effect on loss_type {loss_type}: leave it 0, or take one of {takers}"
+        )
+    for name in ("beta", "discopop_tau"):
+        if not getattr(settings, name) > 0:
+            raise ConfigError(f"{name} must be above 0, got {getattr(settings, name)}")
 
 
 def _pair_metrics(chosen_rewards: Float64, rejected_rewards: Float64, pairs: Pairs, w: Float64) -> Metrics:
@@ -326,38 +364,27 @@ def dpo_loss(
 
     Raises ``ConfigError`` for a setting that is unknown, out of range or of no effect on ``loss_type``.
     """
-    _check(loss_type, LOSS_TYPES, beta, label_smoothing)
-    if label_smoothing > 0 and loss_type not in SMOOTHED:
-        raise ConfigError(
-            f"label_smoothing has no effect on loss_type {loss_type}: leave it 0, or take {sorted(SMOOTHED)}"
-        )
+    settings = Settings(beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
+    _check(loss_type, LOSS_TYPES, settings)
     if label_smoothing == 0 and loss_type == "exo_pair":
         raise ConfigError("loss_type exo_pair needs label_smoothing above 0, for example 0.001")
-    if not discopop_tau > 0:
-        raise ConfigError(f"discopop_tau must be above 0, got {discopop_tau}")
     if weights is not None and loss_type in ("aot", "aot_unpaired"):
         raise ConfigError(f"loss_type {loss_type} takes no weights: it compares sorted batches, not pairs")
-    kept, w = pairs[pairs.finite], _shares(weights, pairs.finite, num_pairs)
-    settings = Settings(beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
-    loss, d_chosen, d_rejected = _placed(LOSS_TYPES[loss_type](kept, settings), pairs.finite, w)
+    keep = pairs.finite
+    kept, w = pairs[keep], _shares(weights, keep, num_pairs)
+    loss, d_chosen, d_rejected = _placed(LOSS_TYPES[loss_type](kept, settings), keep, w)
     chosen_rewards, rejected_rewards = beta * kept.chosen_logratios, beta * kept.rejected_logratios
     metrics = {
         "loss": loss,
         **_pair_metrics(chosen_rewards, rejected_rewards, kept, w),
         "rewards/saturated": float(w @ (chosen_rewards - rejected_rewards > 5)),
-        "num_dropped": float(np.count_nonzero(~pairs.finite)),
+        "num_dropped": float(np.count_nonzero(~keep)),
     }
     return loss, d_chosen, d_rejected, metrics
 
 
-CPO_LOSS_TYPES = frozenset({"sigmoid", "hinge", "ipo", "simpo"})
-
-
 def cpo_loss(
-    chosen_logps: Floats,
-    rejected_logps: Floats,
-    chosen_lengths: Ints,
-    rejected_lengths: Ints,
+    pairs: Pairs,
     *,
     num_pairs: float,
     num_chosen_tokens: float = 0.0,
@@ -370,74 +397,52 @@ def cpo_loss(
 ) -> tuple[float, Float64, Float64, Metrics]:
     """Preference without a reference model: CPO (Xu et al. 2024), and SimPO (Meng et al. 2024) as ``loss_type="simpo"``.
 
-    With a = l, or l / n for simpo and ipo, L = mean of
-
-    - sigmoid: DPO's loss at x = beta (a_c - a_r);
-    - simpo: the same at x = beta (a_c - a_r) - simpo_gamma;
-    - hinge: max(0, 1 - x);
-    - ipo: (a_c - a_r - 1 / (2 beta))^2;
-
-    plus cpo_alpha times the mean loss per token of the chosen responses, -sum l_c / num_chosen_tokens. SimPO proper has
-    ``cpo_alpha=0`` and a beta of 2 to 2.5.
+    L = (1 / num_pairs) sum_pairs of the terms of ``loss_type`` (:data:`CPO_LOSS_TYPES`), with r = 0, plus cpo_alpha times the mean
+    loss per token of the chosen responses, -sum l_c / num_chosen_tokens. SimPO proper has ``cpo_alpha=0`` and a beta of 2 to 2.5.
+    Nothing holds these to a reference: watch the KL.
 
     Parameters
     ----------
-    chosen_logps, rejected_logps
-        l_c and l_r, [B].
-    chosen_lengths, rejected_lengths
-        Counted tokens, [B].
-    num_pairs, num_chosen_tokens
-        Of the whole step; the second is needed unless ``cpo_alpha`` is 0. With weights, sums of them.
-    weights
-        What each pair counts, [B]; 1 unless given.
+    pairs
+        Their reference log-probabilities are not looked at (:meth:`Pairs.without_reference`).
+    num_pairs, weights
+        As :func:`dpo_loss`.
+    num_chosen_tokens
+        Tokens of the chosen responses in the whole step, those of a pair times its weight. Needed unless ``cpo_alpha`` is 0.
 
     Returns
     -------
     loss, d_chosen_logps, d_rejected_logps, metrics
-        As :func:`dpo_loss`, with rewards beta a, and ``nll_loss``.
+        As :func:`dpo_loss`, with rewards beta l, or beta l / n for ipo and simpo; and ``nll_loss``.
     """
-    _check(loss_type, CPO_LOSS_TYPES, beta, label_smoothing)
-    if label_smoothing > 0 and loss_type not in ("sigmoid", "simpo"):
-        raise ConfigError(
-            f"label_smoothing has no effect on loss_type {loss_type}: leave it 0, or take sigmoid or simpo"
-        )
+    settings = Settings(beta=beta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma)
+    _check(loss_type, CPO_LOSS_TYPES, settings)
     if cpo_alpha != 0:
         require_positive(num_chosen_tokens=num_chosen_tokens)
-    pairs = _without_reference(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
-    kept, w = pairs[pairs.finite], _shares(weights, pairs.finite, num_pairs)
-    per_token = loss_type in ("simpo", "ipo")
-    n_c = np.maximum(kept.chosen_lengths, 1.0) if per_token else np.ones_like(kept.chosen_logps)
-    n_r = np.maximum(kept.rejected_lengths, 1.0) if per_token else np.ones_like(kept.rejected_logps)
-    margin = kept.chosen_logps / n_c - kept.rejected_logps / n_r
-    if loss_type == "ipo":
-        u = f64(margin - 1 / (2 * beta))
-        losses, d_margin = u**2, 2 * u
-    elif loss_type == "hinge":
-        losses, d_margin = f64(np.maximum(0.0, 1 - beta * margin)), -beta * f64(beta * margin < 1)
-    else:
-        losses, d_x = _logistic(f64(beta * margin - (simpo_gamma if loss_type == "simpo" else 0.0)), label_smoothing)
-        d_margin = beta * d_x
-    loss, d_chosen, d_rejected = _placed((losses, f64(d_margin / n_c), f64(-d_margin / n_r)), pairs.finite, w)
+    zeros = np.zeros(pairs.chosen_logps.shape)
+    pairs = dataclasses.replace(pairs, ref_chosen_logps=zeros, ref_rejected_logps=zeros)
+    keep = pairs.finite
+    kept, w = pairs[keep], _shares(weights, keep, num_pairs)
+    loss, d_chosen, d_rejected = _placed(CPO_LOSS_TYPES[loss_type](kept, settings), keep, w)
     nll_loss = 0.0
     if cpo_alpha != 0:
         by_token = w * num_pairs / num_chosen_tokens
         nll_loss = -float(by_token @ kept.chosen_logps)
-        d_chosen[pairs.finite] -= cpo_alpha * by_token
+        d_chosen[keep] -= cpo_alpha * by_token
         loss += cpo_alpha * nll_loss
+    per_token = loss_type in ("ipo", "simpo")
+    scores = _mean_scores(kept)[:2] if per_token else (kept.chosen_logratios, kept.rejected_logratios)
     metrics = {
         "loss": loss,
         "nll_loss": nll_loss,
-        **_pair_metrics(f64(beta * kept.chosen_logps / n_c), f64(beta * kept.rejected_logps / n_r), kept, w),
-        "num_dropped": float(np.count_nonzero(~pairs.finite)),
+        **_pair_metrics(beta * scores[0], beta * scores[1], kept, w),
+        "num_dropped": float(np.count_nonzero(~keep)),
     }
     return loss, d_chosen, d_rejected, metrics
 
 
 def orpo_loss(
-    chosen_logps: Floats,
-    rejected_logps: Floats,
-    chosen_lengths: Ints,
-    rejected_lengths: Ints,
+    pairs: Pairs,
     *,
     num_pairs: float,
     weights: Floats | None = None,
@@ -451,10 +456,8 @@ def orpo_loss(
 
     Parameters
     ----------
-    chosen_logps, rejected_logps
-        l_c and l_r, [B]. A response of probability 1 (or without a token) has infinite odds: its pair is dropped.
-    chosen_lengths, rejected_lengths
-        Counted tokens, [B].
+    pairs
+        As for :func:`cpo_loss`. A response of probability 1 (or without a token) has infinite odds: its pair is dropped.
     num_pairs, weights
         As :func:`dpo_loss`.
     beta
@@ -468,11 +471,11 @@ def orpo_loss(
     loss, d_chosen_logps, d_rejected_logps, metrics
         As :func:`dpo_loss`, with rewards beta a and beta b; ``nll_loss``, ``log_odds_ratio`` (ln s(o)), ``log_odds_chosen`` (o).
     """
-    _check("orpo", frozenset({"orpo"}), beta, 0.0)
-    pairs = _without_reference(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    if not beta > 0:
+        raise ConfigError(f"beta must be above 0, got {beta}")
     n_c, n_r = np.maximum(pairs.chosen_lengths, 1.0), np.maximum(pairs.rejected_lengths, 1.0)
     a, b = f64(pairs.chosen_logps / n_c), f64(pairs.rejected_logps / n_r)
-    keep = pairs.finite & (a < 0) & (b < 0)
+    keep = np.isfinite(a) & np.isfinite(b) & (a < 0) & (b < 0)
     w = _shares(weights, keep, num_pairs)
     a, b, n_c, n_r = a[keep], b[keep], n_c[keep], n_r[keep]
     o = (a - b) - (log1mexp(a) - log1mexp(b))
@@ -489,19 +492,6 @@ def orpo_loss(
         "num_dropped": float(np.count_nonzero(~keep)),
     }
     return loss, d_chosen, d_rejected, metrics
-
-
-def _without_reference(
-    chosen_logps: Floats, rejected_logps: Floats, chosen_lengths: Ints, rejected_lengths: Ints
-) -> Pairs:
-    return Pairs(
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=np.zeros(np.shape(chosen_logps)),
-        ref_rejected_logps=np.zeros(np.shape(chosen_logps)),
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
 
 
 def kto_reference_point(logps: Floats, ref_logps: Floats) -> float:
@@ -554,7 +544,10 @@ def kto_loss(
         ``rewards/chosen`` and ``logps/chosen`` (means over the desirable), the same of ``rejected``, ``rewards/margins``. ``kl`` is
         the caller's.
     """
-    _check(loss_type, frozenset({"kto", "apo_zero_unpaired"}), beta, 0.0)
+    if loss_type not in ("kto", "apo_zero_unpaired"):
+        raise ConfigError(f"loss_type must be kto or apo_zero_unpaired, got {loss_type!r}")
+    if not beta > 0:
+        raise ConfigError(f"beta must be above 0, got {beta}")
     if loss_type == "apo_zero_unpaired" and kl != 0:
         raise ConfigError(f"loss_type apo_zero_unpaired has no reference point: kl must be 0, got {kl}")
     require_positive(num_examples=num_chosen + num_rejected)
