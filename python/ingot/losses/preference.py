@@ -343,6 +343,8 @@ def dpo_loss(
 
     Parameters
     ----------
+    pairs
+        B of them.
     num_pairs
         Pairs of the whole step, or the sum of their weights.
     weights
@@ -552,6 +554,7 @@ def kto_loss(
         raise ConfigError(f"loss_type apo_zero_unpaired has no reference point: kl must be 0, got {kl}")
     require_positive(num_examples=num_chosen + num_rejected)
     require_shape(np.shape(logps), ref_logps=ref_logps, labels=labels)
+    labels = np.asarray(labels, bool)
     finite = np.isfinite(logps) & np.isfinite(ref_logps)
     logratios = np.where(finite, f64(logps), 0.0) - np.where(finite, ref_logps, 0.0)
     good, bad = finite & labels, finite & ~labels
