@@ -78,7 +78,7 @@ class Task:
         )
         values, returns = out.values[:, 0], self.other[1][rows]
         critic, d_values, _ = value_loss(values, self.old_values[rows], returns, part.targets, vf_coef=0.5, **wanted)
-        bonus, d_entropy, _ = entropy_bonus(out.entropy, part.targets, ent_coef=0.1, **wanted)
+        bonus, d_entropy, _ = entropy_bonus(out.entropy, part.targets, ent_coef=1.0, **wanted)
         weights = mean_weights(part.targets >= 0, part.offsets, reduction="token_mean", total=self.num_tokens)
         penalty, d_kl, _ = kl_loss(out.logprobs, self.ref[rows], part.targets, weights, beta=0.1, kl_estimator="k2")
         both = np.stack([d_values, np.zeros_like(d_values)], axis=1)
