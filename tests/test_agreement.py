@@ -202,6 +202,20 @@ def test_the_order_in_which_a_row_lists_its_responses_does_not_matter():
         measure_agreement([*ann, other])
 
 
+def test_kappa_does_not_depend_on_which_response_a_file_lists_first():
+    """A file may list the better response first, always; that must not make agreement look like chance."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for number in range(400):
+        better, turned = (1, 2), (2, 1)
+        rows.append(record(f"g{number}", "ann", better if rng.random() < 0.95 else turned))
+        rows.append(record(f"g{number}", "bob", better if rng.random() < 0.95 else turned))
+    report = measure_agreement(rows, num_draws=10)
+    # 0.905 of outcomes are equal, and by chance half would be.
+    assert report.pairs[0].kappa.value == pytest.approx(0.81, abs=0.08)
+    assert report.fleiss.value == pytest.approx(0.81, abs=0.08)
+
+
 def test_ties_are_an_outcome_of_their_own():
     rows = [record("g", "ann", [1, 2, 3]), record("g", "bob", [1, 2, 2])]
     report = measure_agreement(rows)

@@ -67,16 +67,15 @@ class Journal:
         self.records += added
         return added
 
-    def append(self, record: Record) -> None:
-        """Add a record; when this returns, it is on the disk.
+    def append(self, *records: Record) -> None:
+        """Add records, all or none of them; when this returns, they are on the disk.
 
         Raises
         ------
         OSError
-            It could not be written; the file is as it was.
+            They could not be written; the file is as it was.
         """
-        row = to_row(record)
-        line = _encode(row)
+        content = b"".join(_encode(to_row(record)) for record in records)
         name = self.path.name
         new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,8 +85,8 @@ class Journal:
                 size = self._end_line(descriptor)
                 durable.reached(f"{name}: before append")
                 try:
-                    written = os.write(descriptor, line)
-                    if written != len(line):
+                    written = os.write(descriptor, content)
+                    if written != len(content):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     durable.reached(f"{name}: before sync")
                     os.fsync(descriptor)
