@@ -104,6 +104,17 @@ def test_a_ranking_is_written_in_the_order_of_the_file(desk):
     assert "1 judged; 2 left" in desk.shown
 
 
+def test_the_order_of_showing_never_changes_what_was_said(desk):
+    write(desk.candidates, rows(12, size=4))
+    records = desk.label(["3 1 4 2", "1 2 3 4"] * 6, *PLAIN)
+    said = [(2, 4, 1, 3), (1, 2, 3, 4)]
+    assert len({record.order for record in records}) > 5
+    for number, record in enumerate(records):
+        assert record.order == desk.order(number)
+        shown = tuple(record.ranks[place] for place in record.order)
+        assert shown == said[number % 2]
+
+
 def test_what_is_shown_is_blind_and_in_the_recorded_order(desk):
     write(desk.candidates, [{**row, "group_id": f"secret-{n}"} for n, row in enumerate(rows(3))])
     desk.label(["1 2 3", "", "", "q"])

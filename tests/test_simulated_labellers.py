@@ -96,6 +96,15 @@ def test_a_seed_gives_the_same_judgements_whatever_else_is_judged():
         ]
 
 
+def test_what_is_shown_where_does_not_change_the_noise():
+    labeler = SimulatedLabeler(score=quality)
+    for order in itertools.permutations("abc"):
+        ranks = labeler(Showing("g", 0, "p", order)).ranks
+        assert dict(zip(order, ranks, strict=True)) == dict(
+            zip("abc", labeler(Showing("g", 0, "p", tuple("abc"))).ranks, strict=True)
+        )
+
+
 def test_a_session_with_a_simulated_labeller_writes_what_a_person_would(tmp_path):
     path = tmp_path / "ranked.jsonl"
     labeler = SimulatedLabeler(score=quality, name="robot")
