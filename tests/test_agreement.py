@@ -295,6 +295,16 @@ def test_intervals_hold_what_they_promise():
     assert 53 <= covered <= 60
 
 
+def test_a_few_right_answers_are_no_certainty():
+    rows = [record(f"g{n}", "ann", [1, 2], gold_ranks=(1, 2)) for n in range(10)]
+    gold = measure_agreement(rows, num_draws=20).labelers[0].gold_accuracy
+    # Clopper and Pearson's bound for 10 of 10, as in their tables: 0.692.
+    assert (gold.value, round(gold.low, 3), gold.high) == (1.0, 0.692, 1.0)
+    wrong = [record(f"g{n}", "ann", [2, 1], gold_ranks=(1, 2)) for n in range(10)]
+    gold = measure_agreement(wrong, num_draws=20).labelers[0].gold_accuracy
+    assert (gold.value, gold.low, round(gold.high, 3)) == (0.0, 0.0, 0.308)
+
+
 def test_the_most_disputed_groups_come_first():
     rows = [
         record("calm", "ann", [1, 2, 3]),
@@ -308,6 +318,22 @@ def test_the_most_disputed_groups_come_first():
     assert [(d.group_id, pytest.approx(d.disagreement)) for d in report.disputed] == [("worst", 1.0), ("some", 1 / 3)]
     assert report.disputed[0].labelers == ("ann", "bob")
     assert len(measure_agreement(rows, num_disputed=1).disputed) == 1
+
+
+def test_the_odd_one_out_is_told():
+    rng = np.random.default_rng(4)
+    rows = []
+    for number in range(60):
+        ranks = (rng.permutation(3) + 1).tolist()
+        for name in ("ann", "bob"):
+            rows.append(record(f"g{number}", name, ranks))
+        rows.append(record(f"g{number}", "odd", (rng.permutation(3) + 1).tolist()))
+    report = measure_agreement(rows, num_draws=10)
+    without = {labeler.name: labeler.alpha_without for labeler in report.labelers}
+    assert without["odd"] == 1.0 > report.alphas["ordinal"].value > max(without["ann"], without["bob"])
+    # Of two, one is left: nothing to say.
+    two = measure_agreement([row for row in rows if row.annotator != "odd"], num_draws=10)
+    assert all(math.isnan(labeler.alpha_without) for labeler in two.labelers)
 
 
 def test_one_person_cannot_agree_with_others():

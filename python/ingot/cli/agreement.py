@@ -116,7 +116,7 @@ def _show(console: Console, report: CriterionReport) -> None:
                 figures.add_row(Text(name), _figure(value, kind), _interval(value, kind))
         console.print(figures)
     people = Table(box=box.SIMPLE, pad_edge=False, title="Labellers", title_justify="left", title_style="bold")
-    for heading in ("", "judged", "seconds", "ties", "same again", "gold right", "earlier", "longer"):
+    for heading in ("", "judged", "seconds", "ties", "same again", "gold right", "earlier", "longer", "without"):
         people.add_column(heading, justify="left" if not heading else "right")
     for labeler in report.labelers:
         people.add_row(
@@ -128,11 +128,12 @@ def _show(console: Console, report: CriterionReport) -> None:
             _with_interval(labeler.gold_accuracy),
             _bias(labeler.position),
             _bias(labeler.length),
+            "-" if math.isnan(labeler.alpha_without) else f"{labeler.alpha_without:.2f}",
         )
     console.print(people)
     console.print(
         "same again: pairs with the same outcome when a group came back; earlier, longer: pairs whose response shown earlier, "
-        "or longer one, was ranked higher (50% is no preference, ! is more than chance)",
+        "or longer one, was ranked higher (50% is no preference, ! is more than chance); without: alpha of the others",
         style="dim",
         markup=False,
     )
@@ -198,14 +199,10 @@ def _interval(value: Estimate, kind: str) -> str:
 def _with_interval(value: Estimate, kind: str = "share") -> str:
     if math.isnan(value.value):
         return "-"
-    spread = (
-        ""
-        if math.isnan(value.low)
-        else (
-            f" ({value.low:.0%} to {value.high:.0%})" if kind == "share" else f" ({value.low:.2f} to {value.high:.2f})"
-        )
+    figure, low, high = (
+        f"{100 * number:.0f}" if kind == "share" else f"{number:.2f}" for number in (value.value, value.low, value.high)
     )
-    return (f"{value.value:.0%}" if kind == "share" else f"{value.value:.2f}") + spread
+    return figure + "%" * (kind == "share") + ("" if math.isnan(value.low) else f" ({low} to {high})")
 
 
 def _bias(bias: Bias) -> str:

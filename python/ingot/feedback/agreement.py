@@ -67,6 +67,8 @@ class LabelerReport:
     """Share of the pairs that gold orders that were ordered the same way; a tie counts half."""
     position: Bias
     """Share above 0.5: what is shown earlier is ranked higher."""
+    alpha_without: float
+    """Krippendorff's alpha (ordinal) of the others; NaN where fewer than two are left."""
     length: Bias
     """Share above 0.5: the longer response is ranked higher. Longer can be better: compare labellers."""
 
@@ -158,7 +160,7 @@ def measure_agreement(
     groups = _groups(judgements)
     draw = _Bootstrap(groups, num_draws, seed)
     names = sorted({judgement.annotator for group in groups for judgement in group.judgements})
-    alphas = {metric: _position_alpha(groups, metric, draw) for metric in ("nominal", "ordinal", "interval")}
+    alphas = {metric: _value_alpha(groups, None, metric, draw) for metric in ("nominal", "ordinal", "interval")}
     shared = [group for group in groups if len(group.first_by_annotator) >= 2]
     passed, verdict = _verdict(alphas["ordinal"], len(shared), len(names), gate)
     return CriterionReport(
@@ -251,6 +253,10 @@ def _groups(records: Sequence[Record]) -> list[_Group]:
     return list(groups.values())
 
 
+Values = Callable[[_Judgement], "Sequence[float | None] | None"]
+"""What a judgement says of each response, in the order of its record; None where it says nothing."""
+
+
 class _Bootstrap:
     """Draws prompts with replacement; the same draws for every statistic."""
 
@@ -292,7 +298,13 @@ class _Bootstrap:
             total = float(weights @ tries)
             return float(weights @ hits) / total if total > 0 else float("nan")
 
-        return self.estimate(owners, int(tries.sum()), statistic)
+        found = self.estimate(owners, int(tries.sum()), statistic)
+        if found.value not in (0.0, 1.0):
+            return found
+        # All alike, as every draw of them is: the exact bound for so many prompts (Clopper and Pearson 1934) instead.
+        bound = 0.025 ** (1 / len(set(owners[tries > 0].tolist())))
+        low, high = (0.0, 1.0 - bound) if found.value == 0.0 else (bound, 1.0)
+        return dataclasses.replace(found, low=low, high=high)
 
 
 def _agreement(groups: Sequence[_Group], draw: _Bootstrap, strict: bool) -> Estimate:
@@ -309,17 +321,22 @@ def _equal(first: Sequence[int], second: Sequence[int], strict: bool = False) ->
     return sum(a == b for a, b in both), len(both)
 
 
-def _position_alpha(groups: Sequence[_Group], metric: Metric, draw: _Bootstrap) -> Estimate:
-    return _value_alpha(groups, None, metric, draw)
-
-
 def _value_alpha(
     groups: Sequence[_Group],
-    values_of: Callable[[_Judgement], Sequence[float | None] | None] | None,
+    values_of: Values | None,
     metric: Metric,
     draw: _Bootstrap,
 ) -> Estimate:
     """Alpha over (group, response) units: of positions, or of what ``values_of`` finds in a record."""
+    units, owners = _units(groups, values_of)
+    coincidences = Coincidences(units)
+    return draw.estimate(
+        draw.owners(owners), len(units), lambda weights: coincidences.alpha(metric, unit_weights=weights)
+    )
+
+
+def _units(groups: Sequence[_Group], values_of: Values | None) -> tuple[list[list[float]], list[_Group]]:
+    """What different people said of each response that at least two said something of, and its group."""
     units: list[list[float]] = []
     owners: list[_Group] = []
     for group in groups:
@@ -334,10 +351,7 @@ def _value_alpha(
             if len(unit) >= 2:
                 units.append(unit)
                 owners.append(group)
-    coincidences = Coincidences(units)
-    return draw.estimate(
-        draw.owners(owners), len(units), lambda weights: coincidences.alpha(metric, unit_weights=weights)
-    )
+    return units, owners
 
 
 def _answer_alphas(groups: Sequence[_Group], draw: _Bootstrap) -> dict[str, Estimate]:
@@ -345,7 +359,7 @@ def _answer_alphas(groups: Sequence[_Group], draw: _Bootstrap) -> dict[str, Esti
         name for group in groups for judgement in group.judgements for name in judgement.record.answers
     )
 
-    def answers_to(name: str) -> Callable[[_Judgement], Sequence[float | None] | None]:
+    def answers_to(name: str) -> Values:
         return lambda judgement: judgement.record.answers.get(name)
 
     return {name: _value_alpha(groups, answers_to(name), "nominal", draw) for name in names}
@@ -420,11 +434,19 @@ def _labelers(groups: Sequence[_Group], names: Sequence[str], draw: _Bootstrap) 
                 ties=outcomes.count(0) / len(outcomes),
                 self_agreement=_self_agreement(groups, name, draw),
                 gold_accuracy=draw.share([case for case in (_gold(g, j) for g, j in mine[name]) if case is not None]),
+                alpha_without=_alpha_without(groups, name),
                 position=biases[0][number],
                 length=biases[1][number],
             )
         )
     return tuple(reports)
+
+
+def _alpha_without(groups: Sequence[_Group], name: str) -> float:
+    others = [
+        dataclasses.replace(group, judgements=[j for j in group.judgements if j.annotator != name]) for group in groups
+    ]
+    return Coincidences(_units(others, None)[0]).alpha("ordinal")
 
 
 def _biases(tests: Sequence[OrderingTest]) -> list[Bias]:
