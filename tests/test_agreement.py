@@ -157,6 +157,19 @@ def test_the_ordering_test_by_hand():
     assert math.isnan(nothing.share)
 
 
+def test_the_ordering_test_of_thousands_of_lists():
+    """By the normal distribution with Kendall's variance, n (n - 1) (2 n + 5) / 18 less the same of each tie."""
+    rng = np.random.default_rng(0)
+    lists = [rng.permutation(4).tolist() for _ in range(3000)] + [
+        rng.permutation([1, 1, 2]).tolist() for _ in range(3000)
+    ]
+    test = ordering_test(lists)
+    variance = 3000 * (4 * 3 * 13 + 3 * 2 * 11 - 2 * 1 * 9) / 18
+    z = abs((2 * test.share - 1) * test.num_pairs) / math.sqrt(variance)
+    assert test.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
+    assert ordering_test([[1, 2, 3, 4]] * 3000).p_value == 1e-25
+
+
 def test_holms_correction():
     # Holm (1979): the smallest times 3, the next times 2, never falling.
     assert holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])

@@ -19,6 +19,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
+_NOTHING = 1e-30
+_SMALLEST = 1e-25
+
 
 @dataclasses.dataclass(frozen=True)
 class OrderingTest:
@@ -31,7 +34,7 @@ class OrderingTest:
     num_groups: int
     """Groups with such a pair."""
     p_value: float
-    """Two-sided, exact: how often rankings that have nothing to do with the order look at least as far from 0.5."""
+    """Two-sided, exact: how often rankings that have nothing to do with the order look at least as far from 0.5; 1e-25 at the least."""
 
 
 def ordering_test(rankings: Iterable[Sequence[int]]) -> OrderingTest:
@@ -51,16 +54,13 @@ def ordering_test(rankings: Iterable[Sequence[int]]) -> OrderingTest:
         kinds[ties] += 1
     if pairs == 0:
         return OrderingTest(share=float("nan"), num_pairs=0, num_groups=0, p_value=1.0)
-    distribution = np.ones(1)
+    distribution = _Distribution(np.ones(1), 0)
     for ties, count in sorted(kinds.items()):
-        distribution = np.convolve(distribution, _power(_inversions(ties), count))
-    # Rounding of the convolutions, far below any level, must not make a probability larger than its sum.
-    distribution /= distribution.sum()
+        distribution = distribution.plus(_Distribution(_inversions(ties), 0).times(count))
     inversions = (pairs - total) // 2
-    below = float(distribution[: inversions + 1].sum())
-    above = float(distribution[inversions:].sum())
+    p_value = 2 * min(distribution.at_most(inversions), distribution.at_most(pairs - inversions))
     return OrderingTest(
-        share=0.5 + total / (2 * pairs), num_pairs=pairs, num_groups=groups, p_value=min(1.0, 2 * min(below, above))
+        share=0.5 + total / (2 * pairs), num_pairs=pairs, num_groups=groups, p_value=min(1.0, max(p_value, _SMALLEST))
     )
 
 
@@ -114,13 +114,30 @@ def _divide(numerator: list[int], denominator: list[int]) -> list[int]:
     return quotient
 
 
-def _power(distribution: Array, count: int) -> Array:
-    result = np.ones(1)
-    square = distribution
-    while count:
-        if count & 1:
-            result = np.convolve(result, square)
-        count >>= 1
-        if count:
-            square = np.convolve(square, square)
-    return result
+@dataclasses.dataclass(frozen=True)
+class _Distribution:
+    """Probabilities of the whole numbers from ``start`` on, alike from both ends; ends that are next to nothing are cut."""
+
+    probabilities: Array
+    start: int
+
+    def plus(self, other: _Distribution) -> _Distribution:
+        """Of the sum of two independent numbers."""
+        summed = np.convolve(self.probabilities, other.probabilities)
+        cut = int(np.argmax(summed > _NOTHING))
+        return _Distribution(summed[cut : len(summed) - cut], self.start + other.start + cut)
+
+    def times(self, count: int) -> _Distribution:
+        """Of the sum of so many."""
+        total, square = _Distribution(np.ones(1), 0), self
+        while count:
+            if count & 1:
+                total = total.plus(square)
+            count >>= 1
+            if count:
+                square = square.plus(square)
+        return total
+
+    def at_most(self, number: int) -> float:
+        """Probability of ``number`` or less."""
+        return float(self.probabilities[: max(0, number - self.start + 1)].sum())
