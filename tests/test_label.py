@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import os
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -307,6 +309,68 @@ def test_text_cannot_command_the_terminal(desk):
         assert written in desk.out
     # The record holds the text as it was.
     assert record.responses == (HOSTILE, HOSTILE + "!")
+
+
+def at_a_terminal(command, typed, height=24, width=72):
+    """What a program writes to a terminal of this size while somebody answers each of its questions."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(width), "LINES": str(height)}
+    # Ctrl-C reaches those whose own terminal it is.
+    own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", own, *command],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    written, seen, deadline = b"", 0, time.monotonic() + 30
+    waiting = list(typed)
+    while time.monotonic() < deadline:
+        if not select.select([ours], [], [], 1.0)[0]:
+            continue
+        try:
+            written += os.read(ours, 65536)
+        except OSError:
+            break
+        # A question ends the line that the cursor is on.
+        if waiting and re.search(rb"(> |--)$", re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", written[seen:])):
+            seen = len(written)
+            os.write(ours, waiting.pop(0))
+    process.kill()
+    os.close(ours)
+    return process.wait(), written.decode()
+
+
+def test_a_real_terminal_gets_colours_and_nothing_else_from_hostile_text(tmp_path):
+    long = "\n".join(f"line {n}" for n in range(30))
+    row = {"prompt": HOSTILE, "responses": [HOSTILE + long, HOSTILE + "!"]}
+    candidates, output = (
+        write(tmp_path / "candidates.jsonl", [row, row | {"prompt": "second"}]),
+        tmp_path / "ranked.jsonl",
+    )
+    command = [sys.executable, "-m", "ingot.cli", "label", str(candidates), "--output", str(output), "--labeler", "me"]
+    # Two pages, the ranking, its correction with the backspace key, Ctrl-C at the second item.
+    typed = [b"\n", b"1 3\x7f2\n", b"q\x7f\n", b"\n", b"\n", b"\x03"]
+    code, written = at_a_terminal(command, typed)
+    assert code == 130, written
+    assert "more lines: Enter --" in written
+    assert "\x1b[1;36m" in written
+    left = re.sub(r"\x1b\[(\?2004[hl]|[0-9;]*[mK]|C)", "", written)
+    assert not [character for character in left if is_hidden(character) and character not in "\r\x08\x07"]
+    # A bell or a backspace of the line editor, but none of the text.
+    assert "title\\x07" in left
+    (record,) = read_judgements(output)
+    assert [record.ranks[place] for place in record.order] == [1, 2]
+    assert "1 judged; 1 left" in left
 
 
 @given(st.text())
