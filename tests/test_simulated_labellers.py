@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,12 @@ from ingot.feedback.pairs import to_preferences
 from ingot.feedback.session import Session, Showing, collect
 from ingot.feedback.simulate import SimulatedLabeler, simulate_judgements
 from ingot.feedback.texts import uniform
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch):
+    """Nothing here cuts the power: a write need not wait for the disk, which may be busy."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def groups(count, size=2, seed=0):

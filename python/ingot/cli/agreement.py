@@ -139,6 +139,13 @@ def _show(console: Console, report: CriterionReport) -> None:
     )
     for labeler in report.labelers:
         name = visible(labeler.name)
+        gold = labeler.gold_accuracy
+        if gold.count >= 10 and gold.low <= 0.5:
+            console.print(
+                f"{name}'s answers to gold items cannot be told from guessing ({_with_interval(gold)} right).",
+                style="red",
+                markup=False,
+            )
         if labeler.position.alarm:
             side = "earlier" if labeler.position.test.share > 0.5 else "later"
             console.print(

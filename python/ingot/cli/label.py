@@ -90,8 +90,9 @@ class Label:
             reconfigure(errors="backslashreplace")
         console = Console(file=stream, highlight=False, width=None if stream.isatty() else 100)
         labeler = Labeler(session, console, Keyboard(), questions=questions, ratings=self.ratings)
-        for notice in (*candidates.notices, *(gold.notices if gold else ()), *journal.notices, *session.notices):
+        for notice in (*candidates.notices, *(gold.notices if gold else ()), *session.notices):
             labeler.say(notice, "yellow")
+        labeler.tell_notices()
         interrupted = False
         try:
             labeler.run(self.limit)

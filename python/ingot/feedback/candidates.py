@@ -61,7 +61,8 @@ def read_candidates(path: str | Path, gold: bool = False) -> Candidates:
             raise DataError(f'{place}: "sources" holds something that is no string; name what wrote each response')
         ranks = _gold_ranks(row, len(responses), place) if gold else None
         kept = _first_of_each(responses)
-        content = canonical(prompt, list(responses), ranks)
+        each = zip(responses, ranks or [0] * len(responses), strict=True)
+        content = canonical(prompt, sorted(canonical(*entry).decode() for entry in each))
         if group_id in groups:
             earlier, same, _ = groups[group_id]
             if same != content:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 from ingot.errors import DataError
-from ingot.feedback.texts import Text, digest, text_problem
+from ingot.feedback.texts import Text, canonical, digest, text_problem
 
 SCHEMA_VERSION = 1
 
@@ -150,7 +150,7 @@ def from_row(row: object, place: str) -> Record:
         responses=responses,
         ranks=ranks,
         group_id=group_id_of(row, place),
-        annotator=check.string("annotator"),
+        annotator=check.name("annotator"),
         criterion=check.string("criterion"),
         id=check.string("id"),
         status=cast(Status, status),
@@ -200,10 +200,10 @@ def check_group(row: Mapping[str, Any], place: str) -> tuple[Text, tuple[Text, .
 
 
 def group_id_of(row: Mapping[str, Any], place: str) -> str:
-    """The group id of a row; derived from prompt and responses where there is none."""
+    """The group id of a row; derived from prompt and responses, in whatever order, where there is none."""
     value = row.get("group_id")
     if value is None or value == "":
-        return digest(row["prompt"], row["responses"])[:16]
+        return digest(row["prompt"], sorted(canonical(response).decode() for response in row["responses"]))[:16]
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(f'{place}: "group_id" is a {type(value).__name__}, not a string')
     return str(value)
@@ -252,6 +252,11 @@ class _Fields:
         if not isinstance(value, str):
             raise DataError(f'{self.place}: "{name}" is a {type(value).__name__}, not a string')
         return value
+
+    def name(self, name: str) -> str:
+        """A string; other tools number people."""
+        value = self.row.get(name)
+        return str(value) if _is_whole(value) else self.string(name)
 
     def choice(self, name: str, choices: Sequence[str], default: str) -> str:
         value = self.row.get(name, default)

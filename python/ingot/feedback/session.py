@@ -321,7 +321,10 @@ def _check_same_groups(journal: Journal, items: Sequence[Item]) -> None:
     groups = {item.group.group_id: item.group for item in items}
     for record in journal.records:
         group = groups.get(record.group_id)
-        if group is not None and (record.prompt, record.responses) != (group.prompt, group.responses):
+        if group is None or (record.prompt, record.responses) == (group.prompt, group.responses):
+            continue
+        same = all(map(record.responses.count, group.responses)) and len(record.responses) == len(group.responses)
+        if record.prompt != group.prompt or not same:
             raise DataError(
                 f"{journal.path}: group {record.group_id!r} was judged with another prompt or other responses; "
                 "give another --output, or the candidates from then"

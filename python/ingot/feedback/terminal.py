@@ -120,6 +120,7 @@ class Labeler:
         self._ratings = ratings
         self._clock = clock
         self._times: list[float] = []
+        self._told = 0
 
     def run(self, limit: int | None = None) -> None:
         """Label until all is done, ``limit`` items are judged, or the labeller stops (``Quit``, Ctrl-C)."""
@@ -132,6 +133,7 @@ class Labeler:
                 self._undo()
                 continue
             self._times.append(self._clock() - entry.started)
+            self.tell_notices()
 
     def progress(self) -> str:
         """``12 of 250 · 38 s each · about 2.5 h left``."""
@@ -142,6 +144,13 @@ class Labeler:
             pace = recent[len(recent) // 2]
             text += f" · {_duration(pace)} each · about {_duration(pace * remaining)} left"
         return text
+
+    def tell_notices(self) -> None:
+        """Say what is new about the file of judgements."""
+        notices = self.session.journal.notices
+        for notice in notices[self._told :]:
+            self.say(notice, "yellow")
+        self._told = len(notices)
 
     def say(self, text: str, style: str = "") -> None:
         """One line from ingot itself."""
