@@ -274,6 +274,46 @@ def test_each_judgement_is_synced_before_append_returns(tmp_path, monkeypatch):
     assert events[place + 3 :] == ["sync"]
 
 
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def test_a_crash_at_any_point_of_a_write_loses_nothing_that_was_said_before(tmp_path, monkeypatch):
+    def write(path, points):
+        path.write_bytes(b"")
+        Journal(path).append(make("a"))
+        path.write_bytes(path.read_bytes() + b"torn")
+        monkeypatch.setattr(durable, "crash_points", [points])
+        try:
+            Journal(path).append(make("b"))
+        except Crash:
+            pass
+        finally:
+            monkeypatch.setattr(durable, "crash_points", [])
+
+    names = []
+    write(tmp_path / "whole.jsonl", names.append)
+    assert [name.partition(": ")[2] for name in names] == [
+        "torn line kept",
+        "before append",
+        "before sync",
+        "appended",
+    ]
+    for count in range(1, len(names) + 1):
+        path = tmp_path / f"{count}.jsonl"
+        left = iter(range(count, 0, -1))
+
+        def crash(name, left=left):
+            if next(left) == 1:
+                raise Crash
+
+        write(path, crash)
+        Journal(path).append(make("c"))
+        groups = [record.group_id for record in Journal(path).records]
+        assert groups in (["a", "c"], ["a", "b", "c"])
+        assert b"torn\n" in path.with_name(path.name + ".torn").read_bytes()
+
+
 WRITER = """
     import sys
     from ingot.feedback.journal import Journal

@@ -379,6 +379,22 @@ def test_a_real_terminal_gets_colours_and_nothing_else_from_hostile_text(tmp_pat
     assert "1 judged; 1 left" in left
 
 
+def test_a_terminal_without_unicode_gets_escapes(tmp_path):
+    candidates = write(tmp_path / "candidates.jsonl", [{"prompt": "Wie schön?", "responses": ["“so”", "so"]}])
+    command = [sys.executable, "-m", "ingot.cli", "label", str(candidates), "--output", str(tmp_path / "ranked.jsonl")]
+    done = subprocess.run(
+        [*command, "--labeler", "me", *PLAIN],
+        input=b"1 2\n",
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert b"Wie sch\\xf6n?" in done.stdout
+    assert b"\\u201cso\\u201d" in done.stdout
+    assert b"\\u25" not in done.stdout
+    assert read_judgements(tmp_path / "ranked.jsonl")[0].responses == ("“so”", "so")
+
+
 @given(st.text())
 @settings(deadline=None)
 def test_visible_text_has_nothing_hidden_and_plain_text_is_left_alone(text):

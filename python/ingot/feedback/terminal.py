@@ -136,13 +136,13 @@ class Labeler:
             self.tell_notices()
 
     def progress(self) -> str:
-        """``12 of 250 · 38 s each · about 2.5 h left``."""
+        """``12 of 250, 38 s each, about 2.5 h left``."""
         done, remaining = self.session.done(), self.session.remaining()
         text = f"{done + 1} of {done + remaining}"
         if self._times:
             recent = sorted(self._times[-20:])
             pace = recent[len(recent) // 2]
-            text += f" · {_duration(pace)} each · about {_duration(pace * remaining)} left"
+            text += f", {_duration(pace)} each, about {_duration(pace * remaining)} left"
         return text
 
     def tell_notices(self) -> None:
@@ -334,7 +334,8 @@ class _Entry:
             blocks.append(Padding(_conversation(self._showing.prompt), (0, 2)))
             for number in range(self._size):
                 blocks += self._response(number)
-            blocks += [Rule(style="dim"), RichText(_KEYS, "dim")]
+            line = "\u2500" if self._labeler.console.encoding.startswith("utf") else "-"
+            blocks += [Rule(characters=line, style="dim"), RichText(_KEYS, "dim")]
         self._waiting = self._labeler._show(blocks)
 
     def _response(self, number: int) -> list[RenderableType]:
