@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from ingot.errors import ConfigError
 from ingot.feedback.agreement import measure_agreement
 from ingot.feedback.candidates import Group
+from ingot.feedback.criteria import load_criterion
 from ingot.feedback.journal import Journal, read_judgements
 from ingot.feedback.pairs import to_preferences
 from ingot.feedback.session import Session, Showing, collect
@@ -229,3 +233,17 @@ def test_settings_out_of_range_are_named():
     ):
         with pytest.raises(ConfigError, match=message):
             SimulatedLabeler(score=quality, **settings)
+
+
+def test_the_example_of_the_guide_runs(tmp_path, monkeypatch):
+    guide = Path(__file__).parent.parent / "docs" / "preferences.md"
+    (example,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (criterion,) = re.findall(r"```toml\n(.*?)```", guide.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "own.toml").write_text(criterion)
+    assert load_criterion(str(tmp_path / "own.toml")).name == "concise"
+    rows = [{"prompt": "p", "responses": ["long answer", "short"]}, {"prompt": "q", "responses": ["a", "bb"]}]
+    (tmp_path / "candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert [sorted(record.ranks) for record in names["records"]] == [[1, 2], [1, 2]]
