@@ -288,7 +288,7 @@ def test_stopping_in_the_middle_leaves_the_model_whole(model):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("repetition_penalty", 1.2), ("temperature", 0.0)]
+    ("name", "value"), [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("repetition_penalty", 1.2), ("temperature", 0.0)]
 )
 def test_what_would_sample_off_policy_is_refused(model, name, value):
     with pytest.raises(ConfigError, match=name) as error:
@@ -297,7 +297,7 @@ def test_what_would_sample_off_policy_is_refused(model, name, value):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    ("options", "words"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_sequences": 0}, "max_sequences must be at least 1"),
