@@ -162,7 +162,7 @@ def test_a_file_a_module_and_what_lies_beside_it(tmp_path, monkeypatch):
         "number = 3\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", ["/nowhere"] + sys.path)
+    monkeypatch.setattr("sys.path", ["/nowhere", *sys.path])
     for name in ("./mine.py:score", "mine.py:score", str(tmp_path / "mine.py") + ":score", "mine.score", "mine:score"):
         assert reward(name).total.tolist() == [3, 6, 9], name
     assert reward("mine.py:Group.inner").total.tolist() == [0, 0, 0]
