@@ -47,6 +47,7 @@ COMMANDS: dict[str, Entry] = {
     "pretrain": Entry("pretrain", "Pretrain", "train a network to predict the next token of raw text"),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
+    "sample": Entry("sample", "Sample", "several responses to each of many prompts, to be ranked or scored"),
     "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
     "agreement": Entry("agreement", "Agreement", "how far labellers agree, what sways them, what to label again"),
     "cache": Entry("cache", "Cache", "list or clear the token files kept between runs"),

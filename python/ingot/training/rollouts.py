@@ -126,8 +126,15 @@ class EpisodeStream:
         self.num_tokens = 0
         """Actions drawn so far."""
 
-    def submit(self, prompt_ids: Sequence[int] | IntArray, episode_ids: Iterable[int], group_id: int = 0) -> None:
-        """Episodes with one prompt, which is read once for those that enter together.
+    def submit(
+        self,
+        prompt_ids: Sequence[int] | IntArray,
+        episode_ids: Iterable[int],
+        group_id: int = 0,
+        *,
+        before_others: bool = False,
+    ) -> None:
+        """Episodes with one prompt, which is read once for those that enter together; last in the queue, or first.
 
         Raises
         ------
@@ -145,7 +152,8 @@ class EpisodeStream:
             )
         if ids:
             self.num_submitted += len(ids)
-            self._waiting.append(_Waiting(prompt, ids, group_id))
+            waiting = _Waiting(prompt, ids, group_id)
+            self._waiting.appendleft(waiting) if before_others else self._waiting.append(waiting)
 
     def __iter__(self) -> Iterator[Episode]:
         return self
@@ -155,6 +163,17 @@ class EpisodeStream:
             if not self.step():
                 raise StopIteration
         return self._finished.popleft()
+
+    def take(self) -> list[Episode]:
+        """The episodes that were finished by :meth:`step` and not taken yet."""
+        taken = list(self._finished)
+        self._finished.clear()
+        return taken
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is an episode to write or to take."""
+        return bool(self._waiting or self._active or self._finished)
 
     def step(self) -> bool:
         """Draw one action for each episode that is being written; False where there is nothing left to draw."""
