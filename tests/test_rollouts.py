@@ -13,6 +13,7 @@ import pytest
 import ingot
 from ingot import Sampling
 from ingot.errors import ConfigError
+from ingot.losses.policy import ppo_policy_loss
 from ingot.training.rollouts import (
     EpisodeStream,
     banned_ids_of,
@@ -136,6 +137,25 @@ def test_torch_agrees_and_another_temperature_or_mask_raises_the_alarm(model):
         assert "off-policy" in mismatch.alarm
         assert "\n" not in mismatch.alarm
         assert mismatch.metrics()["sampling/sampling_logp_difference/mean"] == mismatch.mean
+
+
+def test_the_torch_backend_samples_what_it_trains(model):
+    torch_model = twin(model.config, perturbed(model.config), precision="f32")
+    rollouts = draw(torch_model, prompts_for(8), max_sequences=5)
+    assert logprob_mismatch(rollouts, recompute_logprobs(torch_model, rollouts)).max < 2e-4
+    assert logprob_mismatch(rollouts, recompute_logprobs(model, rollouts)).max < 2e-4
+
+
+def test_policy_losses_take_a_rollout_as_it_is(model):
+    rollouts = draw(model, prompts_for(8))
+    again = recompute_logprobs(model, rollouts)
+    advantages = np.random.default_rng(0).normal(size=len(rollouts.tokens))
+    _, gradient, metrics = ppo_policy_loss(
+        again, rollouts.logprobs, advantages, rollouts.targets, num_tokens=float(rollouts.mask.sum())
+    )
+    assert metrics["val/ratio"] == pytest.approx(1, abs=1e-12)
+    assert metrics["policy/clipfrac_avg"] == 0
+    assert np.array_equal(gradient != 0, rollouts.mask)
 
 
 def texts(rollouts):

@@ -147,7 +147,7 @@ def sample_candidates(
     dry_run: bool = False,
     display: Display | None = None,
 ) -> SampleResult:
-    """Add a row of responses for each prompt to ``output``; rows that are there already are kept.
+    """Add a row of responses for each prompt to ``output``, in the order in which they are complete; rows that are there are kept.
 
     Parameters
     ----------
@@ -491,8 +491,6 @@ class _Work:
         settled, self._settled = self._settled, []
         self._flushed_at = time.monotonic()
         rows = []
-        # In the order of the prompts as far as they are there.
-        settled.sort(key=lambda each: each[0].row.number)
         scores = self._score(settled)
         for (group, good), rewards in zip(settled, scores, strict=True):
             row = self._best_row(group, good, rewards) if self._best else self._candidates_row(group, good, rewards)
