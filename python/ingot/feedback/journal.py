@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ingot import durable
-from ingot.data.files import json_line, parse_json
+from ingot.data.files import parse_json
 from ingot.data.judgements import current
 from ingot.errors import DataError
 from ingot.feedback.records import Record, from_row, to_row
@@ -75,7 +77,7 @@ class Journal:
         OSError
             They could not be written; the file is as it was.
         """
-        content = b"".join(json_line(to_row(record)) for record in records)
+        content = b"".join(_encode(to_row(record)) for record in records)
         name = self.path.name
         new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,9 +155,20 @@ def read_judgements(path: str | Path) -> list[Record]:
     return current(Journal(path).records)
 
 
+def _encode(row: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    except UnicodeEncodeError:
+        # Halves of surrogate pairs, which no UTF-8 can hold, survive as escapes.
+        return (json.dumps(row) + "\n").encode("ascii")
+
+
 def _is_row(line: bytes) -> bool:
     """Whether this is a whole row: no beginning of a JSON object is a JSON object."""
-    return isinstance(parse_json(line), dict)
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _torn(path: Path, tail: bytes) -> str:
