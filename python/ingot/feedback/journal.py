@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ingot import durable
+from ingot.data.files import parse_json
+from ingot.data.judgements import current
 from ingot.errors import DataError
-from ingot.feedback.records import Record, current, from_row, to_row
+from ingot.feedback.records import Record, from_row, to_row
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -133,11 +135,7 @@ class Journal:
         if not line.strip():
             return None
         place = f"{self.path}, row {self._rows}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place}: not valid JSON ({error})") from None
-        return from_row(row, place)
+        return from_row(parse_json(line), place)
 
     def _notice(self, text: str) -> None:
         if text not in self.notices:
