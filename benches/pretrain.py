@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -418,7 +419,8 @@ def main() -> None:
     if arguments.save:
         folder_path = Path(__file__).parent / "results"
         folder_path.mkdir(exist_ok=True)
-        name = "-".join(cpu_name().lower().split()) + f"-{build['threads']}-threads-pretrain.json"
+        cpu = re.sub(r"\((r|tm)\)", "", cpu_name().lower())
+        name = "-".join(cpu.split()) + f"-{build['threads']}-threads-pretrain.json"
         if (folder_path / name).exists():
             # Parts that were measured in another run stay.
             results = {**json.loads((folder_path / name).read_text(encoding="utf-8")), **results}

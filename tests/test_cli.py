@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from ingot.cli import COMMANDS, main
+from ingot.cli.generate import read_prompts
+from ingot.errors import DataError
 
 TEXT = "".join(
     f"{who} went to the {place} and found a {thing}. It was {number}.\n"
@@ -157,6 +160,21 @@ def test_generate_streams_the_same_text_as_in_a_batch(workshop, tmp_path, capsys
         assert row["prompt"] + row["text"] in alone
 
 
+def test_prompts_are_rows_or_lines(tmp_path):
+    rows = b'{"prompt": "Ben\\n"}\n\n{"prompt": " Anna", "completion": "x"}\n'
+    (tmp_path / "a.jsonl").write_bytes(rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows))
+    (tmp_path / "a.json").write_text('[{"prompt": "Ben\\n"}, {"prompt": " Anna"}]')
+    for path in sorted(tmp_path.iterdir()):
+        assert read_prompts(str(path)) == ["Ben\n", " Anna"]
+    lines = tmp_path / "a.txt"
+    lines.write_text('Ben\n\n{"prompt": "Anna"}\n  tail \n')
+    assert read_prompts(str(lines)) == ["Ben", '{"prompt": "Anna"}', "  tail "]
+    (tmp_path / "a.json").write_text('[{"prompt": [{"role": "user", "content": "Hi"}]}]')
+    with pytest.raises(DataError, match=r'a\.json, row 1: field "prompt" is a conversation; give the prompt as text'):
+        read_prompts(str(tmp_path / "a.json"))
+
+
 def test_resume_extends_a_finished_run(workshop, capsys):
     folder = workshop / "extended"
     assert run(capsys, *pretrain(workshop, folder, "--max-steps", "4"))[0] == 0
@@ -236,7 +254,7 @@ def test_cache_is_listed_and_cleared(workshop, capsys):
     ("arguments", "message"),
     [
         (("eval", "nowhere", "--data", "{a}"), "nowhere"),
-        (("generate", "{run}", "--prompts", "{bad}"), "line 2"),
+        (("generate", "{run}", "--prompts", "{bad}"), "row 2"),
         (("tokenizer", "inspect", "{bad}"), "bad.jsonl"),
         (("tokenizer", "train", "{empty}", "--output", "t"), "empty.txt"),
         (("tokenizer", "train", "{a}", "--vocab-size", "100", "--output", "t"), "256"),

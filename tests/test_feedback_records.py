@@ -13,13 +13,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ingot
 from ingot import durable
+from ingot.data.chat import ChatEncoder, ChatTemplate
+from ingot.data.examples import Examples, load_examples
+from ingot.data.judgements import current, in_force, unique
+from ingot.data.rows import parse_row, read_rows
+from ingot.data.split import split_rows, split_side
 from ingot.errors import DataError
 from ingot.feedback.journal import Journal, read_judgements
 from ingot.feedback.pairs import from_preferences, to_preferences
-from ingot.feedback.records import Record, current, from_row, in_force, to_row, unique, with_id
-from ingot.feedback.split import split_rows, split_side
+from ingot.feedback.records import Record, from_row, to_row, with_id
 
+TOKENIZER = ingot.Tokenizer.train(iter(["answer answer"]), vocab_size=260)
+ENCODER = ChatEncoder(
+    ChatTemplate.built_in(), TOKENIZER.with_special_tokens(ChatTemplate.built_in().missing_special_tokens(TOKENIZER))
+)
 texts = st.text(max_size=8)
 messages = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}),
@@ -117,6 +126,17 @@ def test_rows_of_other_tools_are_judgements():
     assert from_row({**row, "annotator": 7}, "f").annotator == "7"
     # Without ids two equal rows are two judgements.
     assert current([record, record]) == [record, record]
+
+
+def test_what_other_tools_call_id_and_status_is_theirs():
+    exported = {"prompt": "p", "responses": ["a", "b"], "id": "record 1", "status": "submitted", "kind": 3}
+    rows = [exported | {"ranks": ranks, "annotator": name} for name, ranks in (("ann", [1, 2]), ("bob", [2, 1]))]
+    judgements = [from_row(row, "f") for row in rows]
+    assert current(judgements) == judgements
+    assert judgements[0].extra == {"id": "record 1", "status": "submitted", "kind": 3}
+    assert [row.annotator for row in read_rows(rows)] == ["ann", "bob"]
+    assert [row.columns() for row in read_rows(rows)] == rows
+    assert len(list(to_preferences(judgements))) == 2
 
 
 @pytest.mark.parametrize(
@@ -421,6 +441,63 @@ def test_ranked_lists_come_back_from_their_preference_rows(rankings):
         assert dict(zip(again.responses, again.ranks, strict=True)) == {
             text: levels[rank] for text, rank in zip(record.responses, record.ranks, strict=True)
         }
+
+
+def test_a_judgement_taken_back_or_replaced_gives_no_pair(tmp_path):
+    """Through every door: preference rows of records, and what training reads from the file itself."""
+    first = make("a", ranks=(1, 2), created="1")
+    second = make("a", ranks=(2, 1), revises=first.id)
+    gone = make("b", ranks=(1, 2))
+    back = make("b", status="withdrawn", ranks=(1, 1), revises=gone.id)
+    skipped = make("c", status="skipped", ranks=(1, 1))
+    kept = make("d", ranks=(1, 2, 3))
+    written = [first, gone, skipped, kept, kept, back, second]
+    path, later = tmp_path / "ranked.jsonl", tmp_path / "later.jsonl"
+    Journal(path).append(*written)
+    assert [(row["judgement"], row["chosen"]) for row in to_preferences(written)] == [
+        *[(kept.id, "answer a")] * 2,
+        (kept.id, "answer b"),
+        (second.id, "answer b"),
+    ]
+    lists = list(read_rows(path))
+    assert [row.id for row in lists] == [record.id for record in read_judgements(path)] == [kept.id, second.id]
+    pairs = [pair.columns() for row in lists for pair in row.preferences()]
+    asked = [{name: row[name] for name in sorted(row)} for row in to_preferences(written)]
+    assert [{name: row[name] for name in asked[0]} for row in pairs] == asked
+    examples = load_examples(path, ENCODER, max_length=100)
+    assert [row.id for row in examples.rows] == [kept.id, second.id]
+    # A later file may take back what an earlier one says.
+    Journal(later).append(make("d", status="withdrawn", ranks=(1, 1), revises=kept.id))
+    assert [row.id for row in read_rows([path, later])] == [second.id]
+    with pytest.raises(DataError, match=r"later\.jsonl: none of the 1 judgements counts"):
+        load_examples(later, ENCODER, max_length=100)
+
+
+def test_one_group_has_one_id_whoever_reads_it():
+    asked = [{"role": "user", "content": "p"}]
+    for prompt, responses in (
+        ("p", ["b", "a"]),
+        (asked, ["a", "b"]),
+        (asked, [[{"role": "assistant", "content": "a"}], "b"]),
+    ):
+        row = {"prompt": prompt, "responses": responses, "ranks": [1, 2]}
+        [pair] = parse_row(row).preferences()
+        assert pair.group_id == from_row(row, "f").group_id
+        [other] = parse_row(row | {"responses": responses[::-1]}).preferences()
+        assert other.group_id == pair.group_id
+        [other] = parse_row(row | {"responses": [*responses, "c"], "ranks": [1, 2, 2]}).preferences()[:1]
+        assert other.group_id != pair.group_id
+
+
+def test_rows_and_records_are_held_out_alike():
+    prompts = [f"Prompt  {n}" for n in range(300)]
+    rows = [
+        parse_row({"prompt": [{"role": "user", "content": prompt.upper()}], "completion": "a"}) for prompt in prompts
+    ]
+    examples = Examples(tuple(rows), tuple(() for _ in rows), 300, 0)
+    _, held_out = examples.split(0.2)
+    _, expected = split_rows(prompts, lambda prompt: prompt, held_out=0.2)
+    assert [row.asked()[0]["content"] for row in held_out.rows] == [prompt.upper() for prompt in expected]
 
 
 def test_pairs_that_no_ranking_makes_are_refused():

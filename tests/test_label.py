@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import sys
 import time
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -483,6 +485,32 @@ def test_a_bad_candidate_is_named_by_file_and_row(desk, row, message):
     assert desk.code == 1
     assert desk.err.startswith(f"ingot: {desk.candidates}, row 3: ")
     assert desk.err.count("\n") == 1
+
+
+def test_candidates_come_from_any_file_of_rows(tmp_path):
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    lines = [{"prompt": f"p{n}", "responses": ["a", "b"]} for n in range(3)]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
+    (tmp_path / "a.json").write_text(json.dumps(lines))
+    parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / "a.parquet")
+    expected = read_candidates(tmp_path / "a.jsonl").groups
+    assert [group.prompt for group in expected] == ["p0", "p1", "p2"]
+    for path in sorted(tmp_path.iterdir()):
+        assert read_candidates(path).groups == expected, path
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content)[:-9])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be decompressed .* cut short"):
+        read_candidates(tmp_path / "a.jsonl.gz")
+
+
+def test_what_can_be_judged_but_not_trained_on_is_told_before(desk):
+    write(desk.candidates, [{"prompt": "p", "responses": ["a", "b"]}, {"prompt": "q", "responses": ["a", ""]}])
+    assert len(desk.label(["1 2", "1 2"], *PLAIN)) == 2
+    assert '1 row to judge but not to train on, the first is row 2, whose field "responses[1]" is empty' in desk.shown
+    write(desk.candidates, [{"prompt": "p", "responses": ["a", "b"]}])
+    assert read_candidates(desk.candidates).notices == []
 
 
 def test_bad_flags_and_files_are_named(desk):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from ingot.cli import main
+from ingot.data.rows import RankedList, read_rows
+from ingot.losses import advantages, best_of_n, distillation, kl, policy, preference, reward, sft
 from ingot.world import documents
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +52,12 @@ def test_commands_and_examples(tmp_path, monkeypatch):
     text = "\n".join(document.text for document in documents(seed=5, split="train", count=400))
     for name in ("tinyshakespeare.txt", "other.txt", "more.txt", "a.txt", "b.txt"):
         Path(name).write_text(text, encoding="utf-8")
+    transcript = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
+    Path("transcripts.jsonl").write_text(json.dumps(transcript) + "\n", encoding="utf-8")
+    candidates = [{"prompt": f"Prompt {number}", "responses": ["one", "two"]} for number in range(2)]
+    Path("candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in candidates), encoding="utf-8")
+    # A ranking, ratings and answers to the questions for each group, and a word too many.
+    typed = ["1 2", "6 2", "", "2 1", "7 7", "", "q"]
     folder = Path("my-texts")
     folder.mkdir()
     shutil.copy("a.txt", folder / "a.txt")
@@ -58,15 +68,33 @@ def test_commands_and_examples(tmp_path, monkeypatch):
             done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
         elif words[0] == "ingot":
+            monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
             assert main(shortened(words)[1:]) == 0, line
         else:
             assert words[0] in ("pip", "git", "cd"), f"the README has a command that no test runs: {line}"
         ran += 1
+    pairs = [pair for row in read_rows("ranked.jsonl") if isinstance(row, RankedList) for pair in row.preferences()]
+    assert len(pairs) == len(candidates)
     for example in blocks("python"):
         done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         ran += 1
     assert ran >= 8
+
+
+def test_every_objective_is_explained():
+    """docs/losses.md names what there is, and nothing that there is not."""
+    named = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")))
+    modules = (advantages, best_of_n, distillation, kl, policy, preference, reward, sft)
+    functions = {name for module in modules for name, found in vars(module).items() if callable(found)}
+    objectives = {name for name in functions if re.search(r"_(loss|advantages)$", name) and not name.startswith("_")}
+    assert not objectives - named
+    assert not {*preference.LOSS_TYPES, "simpo", "dft", "grpo", "dapo", "bnpo", "dr_grpo", "cispo"} - named
+    assert (
+        not {name for name in named if re.search(r"_(loss|advantages|bonus|weights|rewards)$", name)}
+        - functions
+        - {"z_loss"}
+    )
 
 
 def test_every_figure_of_the_readme_names_its_command():

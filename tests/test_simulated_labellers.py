@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ingot.data.keys import uniform
 from ingot.errors import ConfigError
 from ingot.feedback.agreement import measure_agreement
 from ingot.feedback.candidates import Group
@@ -20,7 +21,6 @@ from ingot.feedback.journal import Journal, read_judgements
 from ingot.feedback.pairs import to_preferences
 from ingot.feedback.session import Session, Showing, collect
 from ingot.feedback.simulate import SimulatedLabeler, simulate_judgements
-from ingot.feedback.texts import uniform
 
 
 @pytest.fixture(autouse=True)

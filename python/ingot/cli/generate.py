@@ -11,7 +11,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from ingot.configs import Backend, Level
-from ingot.errors import ConfigError, DataError
+from ingot.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Generate:
     prompt: str | None = None
     """Text to continue; the beginning of a document unless given."""
     prompts: str | None = None
-    """A file with many prompts: .jsonl with a "prompt" field, or one prompt a line. Results are JSON lines."""
+    """A file with many prompts: rows with a "prompt" (.jsonl, .json, each also as .gz or .zst, .parquet), or one prompt a line. Results
+    are JSON lines."""
     max_new_tokens: int = 200
     """Stop after this many tokens."""
     temperature: float = 0.8
@@ -94,19 +95,22 @@ class Generate:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a ``.jsonl`` file with a "prompt" field, or the lines of any other file."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    if not path.endswith(".jsonl"):
-        return [line for line in lines if line]
+    """The prompts of a file of rows, or the lines of any other file.
+
+    Raises
+    ------
+    DataError
+        Names the first row that has no prompt in plain text.
+    """
+    from ingot.data.files import suffix_of
+    from ingot.data.rows import PromptOnly, RowError, read_rows
+
+    if suffix_of(Path(path)) not in (".jsonl", ".json", ".parquet"):
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise DataError(f'{path}, line {number}: expected an object with a "prompt" string')
-        prompts.append(row["prompt"])
+    for row in read_rows(path, [PromptOnly]):
+        assert isinstance(row, PromptOnly)
+        if not isinstance(row.prompt, str):
+            raise RowError("is a conversation", "give the prompt as text", field="prompt", file=path, row=row.number)
+        prompts.append(row.prompt)
     return prompts

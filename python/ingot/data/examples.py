@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ingot.data.batches import Order
 from ingot.data.chat import ChatEncoder, Encoded
 from ingot.data.files import Progress
+from ingot.data.keys import prompt_key
 from ingot.data.rows import (
     Candidates,
     Content,
@@ -34,6 +35,7 @@ from ingot.data.rows import (
     common_beginning,
     read_rows,
 )
+from ingot.data.split import split_side
 from ingot.errors import DataError
 
 _STEP_END = "\n"
@@ -124,7 +126,7 @@ class Examples:
         return dataclasses.replace(self, rows=rows, groups=tuple(self.groups[number] for number in chosen))
 
     def split(self, held_out: float) -> tuple[Examples, Examples]:
-        """Those to train on and those held out, by a hash of what is asked: rows with one prompt lie on one side, in every run.
+        """Those to train on and those held out: rows that ask the same lie on one side, in every run (:mod:`ingot.data.split`).
 
         Raises
         ------
@@ -133,15 +135,15 @@ class Examples:
         """
         if held_out == 0.0:
             return self, self.select(())
-        keys = [int.from_bytes(row.prompt_key()[:8], "little") / 2.0**64 for row in self.rows]
-        sides = [[n for n, key in enumerate(keys) if (key < held_out) is side] for side in (False, True)]
-        if not all(sides):
-            prompts = len(set(keys))
+        sides = [split_side(row.asked(), held_out) for row in self.rows]
+        if len(set(sides)) < 2:
+            prompts = len({tuple(prompt_key(row.asked())) for row in self.rows})
             raise DataError(
                 f"{len(self)} rows with {prompts} different prompts are too few to hold {100 * held_out:g} % of the prompts out: "
                 "give more rows, or --held-out 0"
             )
-        return self.select(sides[0]), self.select(sides[1])
+        train, held = ([n for n, found in enumerate(sides) if found == side] for side in ("train", "held_out"))
+        return self.select(train), self.select(held)
 
 
 def load_examples(
@@ -152,7 +154,7 @@ def load_examples(
     max_length: int,
     progress: Progress | None = None,
 ) -> Examples:
-    """Read and encode rows of these kinds; see :func:`ingot.data.rows.read_rows`.
+    """Read and encode rows of these kinds; see :func:`ingot.data.rows.read_rows`. Of ranked lists, the judgements that count.
 
     Raises
     ------

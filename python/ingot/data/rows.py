@@ -8,7 +8,7 @@
 | preference | ``chosen``, ``rejected``; ``prompt`` unless both begin with it; optional ``margin``, ``weight``, ``group_id`` |
 | unpaired preference | ``prompt``, ``completion``, ``label`` (true: wanted) |
 | stepwise supervision | ``prompt``, ``completions`` (steps), ``labels`` (true: right) |
-| ranked list | ``prompt``, ``responses`` (two or more), ``ranks`` (1 best, equal: tie); optional ``group_id``, ``annotator``, ``criterion`` |
+| ranked list | ``prompt``, ``responses`` (two or more), ``ranks`` (1 best, equal: tie); optional ``group_id``, ``annotator``, ``criterion``; judgements of ``ingot label`` also ``id``, ``status``, ``revises`` |
 | candidates | ``prompt``, ``responses``: a ranked list that nobody ranked yet |
 
 A prompt or an answer is plain text (a string) or conversational (a list of messages ``{"role", "content"}``). A line that is a bare
@@ -20,7 +20,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
-import hashlib
 import itertools
 import json
 import math
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 from ingot.data.files import Progress, json_items
+from ingot.data.judgements import Status, current
+from ingot.data.keys import digest, group_id_of
 from ingot.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -111,20 +112,15 @@ class Row:
         del fields["number"], fields["extra"]
         return {**{name: value for name, value in fields.items() if value is not None}, **self.extra}
 
-    def prompt_key(self) -> bytes:
-        """Equal for rows that ask the same: the prompt, of a dialogue what precedes its first answer, of a text the text."""
-        asked = self.parts()[0]
-        if asked is None:
-            # Plain answers that begin with their prompt: what both begin with.
-            _, chosen, rejected = self.parts()
-            asked = chosen[: common_beginning(chosen, rejected)] if chosen and rejected else ""
-        if isinstance(asked, list):
-            asked = list(itertools.takewhile(lambda message: message["role"] != "assistant", asked)) or asked
-        return _digest(asked)
+    def asked(self) -> Content:
+        """The prompt; of a dialogue and of a text, all of it."""
+        first = self.parts()[0]
+        assert first is not None
+        return first
 
     def fingerprint(self) -> bytes:
         """Equal for rows that say the same, whatever their other columns."""
-        return _digest(self.columns() if not self.extra else dataclasses.replace(self, extra={}).columns())
+        return bytes.fromhex(digest((dataclasses.replace(self, extra={}) if self.extra else self).columns())[:32])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +179,12 @@ class Preference(Row):
     def parts(self) -> list[Content | None]:
         return [self.prompt, self.chosen, self.rejected]
 
+    def asked(self) -> Content:
+        """The prompt; where there is none, what both answers begin with."""
+        if self.prompt is not None:
+            return self.prompt
+        return self.chosen[: common_beginning(self.chosen, self.rejected)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnpairedPreference(Row):
@@ -225,7 +227,10 @@ class Candidates(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankedList(Row):
-    """Two or more answers to one prompt in the order in which somebody preferred them."""
+    """Two or more answers to one prompt in the order in which somebody preferred them.
+
+    A row without ``schema_version`` is of another tool: what it calls id or status is in ``extra``, and it counts as it is.
+    """
 
     kind = "ranked list"
     prompt: Content
@@ -235,24 +240,43 @@ class RankedList(Row):
     group_id: str | None = None
     annotator: str | None = None
     criterion: str | None = None
+    id: str | None = None
+    """Names the judgement."""
+    status: Status = "judged"
+    """judged; skipped: seen and left; withdrawn: takes back the judgement in ``revises``."""
+    revises: str | None = None
+    """Id of the judgement that this one replaces or takes back."""
 
     def parts(self) -> list[Content | None]:
         return [self.prompt, *self.responses]
 
+    def columns(self) -> dict[str, Any]:
+        columns = super().columns()
+        # What was judged need not say so, and the status of other tools is in ``extra``.
+        if self.status == "judged" and "status" not in self.extra:
+            del columns["status"]
+        return columns
+
     def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) for every two responses that are not tied."""
-        numbers = range(len(self.ranks))
-        return [(i, j) for i, j in itertools.product(numbers, numbers) if self.ranks[i] < self.ranks[j]]
+        """(better, worse) for every two responses that are not tied, the best first. The same answer twice is no pair."""
+        order = sorted(range(len(self.ranks)), key=lambda number: self.ranks[number])
+        return [
+            (i, j)
+            for i, j in itertools.combinations(order, 2)
+            if self.ranks[i] < self.ranks[j] and self.responses[i] != self.responses[j]
+        ]
 
     def preferences(self) -> list[Preference]:
-        """The same judgement as preference rows: one for every untied pair, together of weight 1, under one ``group_id``.
+        """The same judgement as preference rows: one for every untied pair, the best first, under one ``group_id``.
 
-        Each keeps annotator, criterion and the numbers of its two responses in ``extra``, so nothing but untied order is said twice.
+        Each weighs 1 / (untied pairs), so that a judgement that orders anything weighs 1, however many responses it ranked. Annotator,
+        criterion, the judgement's id and the numbers of the two responses are in ``extra``.
         """
         pairs = self.pairs()
-        group_id = self.group_id if self.group_id is not None else _digest(self.prompt).hex()[:16]
-        who = {"annotator": self.annotator, "criterion": self.criterion}
-        kept = {name: value for name, value in who.items() if value is not None}
+        group_id = self.group_id if self.group_id is not None else group_id_of(self.prompt, self.responses)
+        known = {"annotator": self.annotator, "criterion": self.criterion, "judgement": self.id}
+        kept = {name: value for name, value in self.extra.items() if name != "schema_version"}
+        kept.update({name: value for name, value in known.items() if value is not None})
         return [
             Preference(
                 number=self.number,
@@ -261,7 +285,7 @@ class RankedList(Row):
                 rejected=self.responses[worse],
                 weight=1.0 / len(pairs),
                 group_id=group_id,
-                extra={**self.extra, **kept, "response_numbers": [better, worse]},
+                extra={**kept, "response_numbers": [better, worse]},
             )
             for better, worse in pairs
         ]
@@ -294,6 +318,9 @@ def read_rows(
 ) -> Iterator[Row]:
     """The rows of files (or of an iterable of dictionaries), one at a time; a file holds one kind.
 
+    Of ranked lists come those that count, at the end: a later row, in whichever file, may take one back or replace it. For each row as
+    it stands there is :func:`scan`.
+
     Parameters
     ----------
     source
@@ -306,8 +333,25 @@ def read_rows(
     RowError
         The first row that cannot be used.
     DataError
-        A file cannot be read, or holds no row.
+        A file cannot be read, holds no row, or holds judgements of which none counts.
     """
+    judgements: list[RankedList] = []
+    for row in _all_rows(source, kinds, progress):
+        if isinstance(row, RankedList):
+            judgements.append(row)
+        else:
+            yield row
+    counting = current(judgements)
+    if judgements and not counting:
+        where = f"{source}: " if isinstance(source, str | Path) else ""
+        raise DataError(
+            f"{where}none of the {len(judgements)} judgements counts: each was skipped, taken back or replaced; judge some with: ingot label"
+        )
+    yield from counting
+
+
+def _all_rows(source: Source, kinds: Sequence[type[Row]] | None, progress: Progress | None) -> Iterator[Row]:
+    """All rows of the source in their order; the first that cannot be used is raised."""
     if isinstance(source, str | Path):
         source = [source]
     if isinstance(source, list | tuple) and all(isinstance(entry, str | Path) for entry in source):
@@ -658,6 +702,16 @@ def _ranked_list(columns: dict[str, Any], number: int) -> Row:
                 "give them one rank, or remove one of them",
                 field="ranks",
             )
+    status: Status = "judged"
+    own: tuple[str, ...] = ()
+    if version > 0:
+        # Other tools mean something else by these names.
+        own = ("id", "status", "revises")
+        status = columns.get("status", status)
+        if status not in get_args(Status):
+            raise RowError(
+                f"is {json.dumps(status, default=str)}", f"it is one of {', '.join(get_args(Status))}", field="status"
+            )
     return RankedList(
         number=number,
         prompt=prompt,
@@ -666,7 +720,10 @@ def _ranked_list(columns: dict[str, Any], number: int) -> Row:
         group_id=_name(columns, "group_id"),
         annotator=_name(columns, "annotator"),
         criterion=_name(columns, "criterion"),
-        extra=_without(columns, "prompt", "responses", "ranks", "group_id", "annotator", "criterion"),
+        id=_name(columns, "id") if own else None,
+        status=status,
+        revises=_name(columns, "revises") if own else None,
+        extra=_without(columns, "prompt", "responses", "ranks", "group_id", "annotator", "criterion", *own),
     )
 
 
@@ -896,7 +953,3 @@ def _named(value: Any) -> str:
     if isinstance(value, list):
         return "a list"
     return "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"
-
-
-def _digest(value: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()

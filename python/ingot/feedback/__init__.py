@@ -3,5 +3,5 @@
 ``records`` what is kept of a judgement; ``journal`` the file it is added to; ``pairs`` preference rows from it; ``candidates`` what
 is to be judged; ``criteria`` by what; ``schedule`` in which order; ``session`` one labeller's way through it; ``answers``,
 ``display`` and ``terminal`` the keyboard and the screen; ``coefficients``, ``orderings`` and ``agreement`` the statistics;
-``simulate`` labellers of known quality; ``split`` training and held-out prompts.
+``simulate`` labellers of known quality.
 """

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ingot.data.judgements import current
+from ingot.data.keys import Text, canonical, digest
 from ingot.errors import DataError
 from ingot.feedback.coefficients import Array, Coincidences, Metric, cohen_kappa, fleiss_kappa
 from ingot.feedback.orderings import OrderingTest, holm, ordering_test
-from ingot.feedback.records import Record, current
-from ingot.feedback.texts import Text, canonical, digest, plain
+from ingot.feedback.records import Record
+from ingot.feedback.texts import plain
 
 GATE = 0.4
 """The least alpha (ordinal, of positions) with which a guideline counts as understood."""

@@ -1,18 +1,17 @@
-"""What is to be judged: prompts with two or more responses each, from JSON lines."""
+"""What is to be judged: prompts with two or more responses each."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ingot.data.files import json_items
+from ingot.data.keys import Text, canonical
+from ingot.data.rows import Candidates as CandidatesRow
+from ingot.data.rows import RowError, parse_row
 from ingot.errors import DataError
-from ingot.feedback.records import check_group, group_id_of
-from ingot.feedback.texts import Text, canonical
+from ingot.feedback.records import check_group, check_object
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +38,11 @@ class Candidates:
 
 
 def read_candidates(path: str | Path, gold: bool = False) -> Candidates:
-    """Rows ``{"prompt", "responses"}``, optional ``group_id`` and ``sources``; gold rows have ``ranks`` too.
+    """Rows ``{"prompt", "responses"}``, optional ``group_id`` and ``sources``, of any file of rows; gold rows have ``ranks`` too.
 
     A missing ``group_id`` is made from prompt and responses. A response that is there twice in a group is shown once; a group
-    without two different responses, and a row that is there twice, are left out and counted in ``notices``.
+    without two different responses, and a row that is there twice, are left out and counted in ``notices``. So are rows that can be
+    judged, but not trained on.
 
     Raises
     ------
@@ -52,15 +52,20 @@ def read_candidates(path: str | Path, gold: bool = False) -> Candidates:
     path = Path(path)
     groups: dict[str, tuple[int, bytes, Group]] = {}
     same_text = same_row = alike = 0
-    for number, row in _rows(path):
+    untrainable: list[str] = []
+    for number, row in json_items(path):
         place = f"{path}, row {number}"
-        prompt, responses = check_group(row, place)
-        group_id = group_id_of(row, place)
+        row = check_object(row, place)
+        prompt, responses, group_id = check_group(row, place)
         sources = _entries(row, ("sources", "source_models"), len(responses), place)
         if sources is not None and not all(isinstance(source, str) for source in sources):
             raise DataError(f'{place}: "sources" holds something that is no string; name what wrote each response')
         ranks = _gold_ranks(row, len(responses), place) if gold else None
         kept = _first_of_each(responses)
+        try:
+            parse_row({"prompt": prompt, "responses": list(responses)}, kinds=[CandidatesRow])
+        except RowError as error:
+            untrainable.append(f'row {number}, whose field "{error.field}" {error.problem}')
         each = zip(responses, ranks or [0] * len(responses), strict=True)
         content = canonical(prompt, sorted(canonical(*entry).decode() for entry in each))
         if group_id in groups:
@@ -92,28 +97,14 @@ def read_candidates(path: str | Path, gold: bool = False) -> Candidates:
         )
         if count > 0
     ]
+    if untrainable:
+        count = len(untrainable)
+        notices.append(
+            f"{path}: {count} {'row' if count == 1 else 'rows'} to judge but not to train on, the first is {untrainable[0]}"
+        )
     if not groups:
         raise DataError(f"{path}: nothing to judge; rows look like " + '{"prompt": "...", "responses": ["...", "..."]}')
     return Candidates([group for _, _, group in groups.values()], notices)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
-        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; give a .jsonl file")
-    try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}, row {number}: not valid JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, row {number}: a {type(row).__name__}, not an object")
-                yield number, row
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: cannot be decompressed ({error}); is the file cut short?") from None
 
 
 def _entries(row: dict[str, Any], names: tuple[str, ...], size: int, place: str) -> list[Any] | None:

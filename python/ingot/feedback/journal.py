@@ -5,12 +5,13 @@ A last line that was cut short (power cut, full disk) is reported on reading; th
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
+from ingot.data.files import parse_json
+from ingot.data.judgements import current
 from ingot.errors import DataError
-from ingot.feedback.records import Record, current, from_row, to_row
+from ingot.feedback.records import Record, from_row, to_row
 from ingot.json_lines import append_lines, is_row, locked, torn
 
 
@@ -77,11 +78,7 @@ class Journal:
         if not line.strip():
             return None
         place = f"{self.path}, row {self._rows}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place}: not valid JSON ({error})") from None
-        return from_row(row, place)
+        return from_row(parse_json(line), place)
 
     def _notice(self, text: str) -> None:
         if text not in self.notices:

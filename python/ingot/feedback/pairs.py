@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
+from ingot.data.judgements import current
+from ingot.data.keys import Text, canonical, group_id_of
+from ingot.data.rows import Content, RankedList
 from ingot.errors import DataError
-from ingot.feedback.records import Record, group_id_of
-from ingot.feedback.texts import Text, canonical
+from ingot.feedback.records import Record
 
 
 def to_preferences(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
-    """Rows ``{"prompt", "chosen", "rejected", "group_id", "weight", "annotator", "criterion", "judgement"}``, the best response first.
+    """Rows ``{"prompt", "chosen", "rejected", "weight", "group_id", "annotator", "criterion", "judgement", "response_numbers"}`` of the
+    judgements that count; see :meth:`ingot.data.rows.RankedList.preferences`.
 
-    The weight is 1 / (untied pairs of the judgement), so that each judgement that orders anything weighs 1, however many responses
-    it ranked. A judgement whose responses are all tied gives no row.
+    A judgement whose responses are all tied gives no row.
     """
-    for record in records:
-        ranked = sorted(zip(record.ranks, record.responses, strict=True), key=lambda entry: entry[0])
-        pairs = [
-            (better, worse)
-            for (rank_a, better), (rank_b, worse) in itertools.combinations(ranked, 2)
-            # The same text twice, ranked apart, teaches nothing.
-            if rank_a < rank_b and better != worse
-        ]
-        for better, worse in pairs:
-            row = {
-                "prompt": record.prompt,
-                "chosen": better,
-                "rejected": worse,
-                "group_id": record.group_id,
-                "weight": 1.0 / len(pairs),
-                "annotator": record.annotator,
-                "criterion": record.criterion,
-            }
-            yield row | ({"judgement": record.id} if record.id else {})
+    for record in current(records):
+        for preference in _as_row(record).preferences():
+            yield preference.columns()
+
+
+def _as_row(record: Record) -> RankedList:
+    return RankedList(
+        prompt=cast(Content, record.prompt),
+        responses=cast(list[Content], list(record.responses)),
+        ranks=list(record.ranks),
+        group_id=record.group_id,
+        annotator=record.annotator,
+        criterion=record.criterion,
+        id=record.id or None,
+        extra=record.extra,
+    )
 
 
 def from_preferences(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
@@ -73,12 +71,11 @@ def _ranked_list(rows: list[Mapping[str, Any]]) -> Record:
             "keep such rows as preference rows"
         )
     responses = tuple(texts.values())
-    group = {"prompt": first["prompt"], "responses": list(responses), "group_id": first.get("group_id")}
     return Record(
         prompt=first["prompt"],
         responses=responses,
         ranks=tuple(ranks.values()),
-        group_id=group_id_of(group, "preference rows"),
+        group_id=first.get("group_id") or group_id_of(first["prompt"], responses),
         annotator=first.get("annotator", ""),
         criterion=first.get("criterion", ""),
         id=first.get("judgement", ""),

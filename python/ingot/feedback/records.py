@@ -1,23 +1,24 @@
-"""One record per judgement, and what counts among many of them.
+"""One record per judgement.
 
 A record is a ranked-list row (``prompt, responses, ranks, group_id, annotator, criterion``; rank 1 is best, equal ranks are a tie)
 with everything that is known about how it came to be. Records are only ever added: a judgement is taken back or replaced by a later
-record that names it in ``revises``. Rows of other tools that hold the ranked list alone are read as judgements too.
+record that names it in ``revises``; :mod:`ingot.data.judgements` says what counts. Rows of other tools, which have no
+``schema_version``, are read as judgements too: their ranked list counts, all else is kept as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
+from ingot.data.judgements import Status
+from ingot.data.keys import Text, digest, group_id_of
+from ingot.data.rows import RANKING_SCHEMA_VERSION
 from ingot.errors import DataError
-from ingot.feedback.texts import Text, canonical, digest, text_problem
+from ingot.feedback.texts import text_problem
 
-SCHEMA_VERSION = 1
-
-Status = Literal["judged", "skipped", "withdrawn"]
 Kind = Literal["new", "repeat", "gold"]
 
 
@@ -83,7 +84,7 @@ _ALWAYS = ("prompt", "responses", "ranks", "group_id", "annotator", "criterion")
 
 def with_id(record: Record) -> Record:
     """The record in the current schema, with an id made from its content."""
-    record = dataclasses.replace(record, id="", schema_version=SCHEMA_VERSION)
+    record = dataclasses.replace(record, id="", schema_version=RANKING_SCHEMA_VERSION)
     return dataclasses.replace(record, id=digest(to_row(record))[:24])
 
 
@@ -112,20 +113,32 @@ def from_row(row: object, place: str) -> Record:
     DataError
         Names ``place`` (file and row) and the field.
     """
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: a {type(row).__name__}, not an object")
+    row = check_object(row, place)
     version = row.get("schema_version", 0)
     if not _is_whole(version) or version < 0:
         raise DataError(f'{place}: "schema_version" is {version!r}, not a whole number')
-    if version > SCHEMA_VERSION:
-        raise DataError(f"{place}: written by a newer ingot (schema {version}, this one reads up to {SCHEMA_VERSION})")
-    prompt, responses = check_group(row, place)
+    if version > RANKING_SCHEMA_VERSION:
+        raise DataError(
+            f"{place}: written by a newer ingot (schema {version}, this one reads up to {RANKING_SCHEMA_VERSION})"
+        )
+    prompt, responses, group_id = check_group(row, place)
     if row.get("ranks") is None:
         raise DataError(f'{place}: no field "ranks"; a ranked list has "prompt", "responses" and "ranks"')
     size = len(responses)
     check = _Fields(row, place, size)
     ranks = check.whole_numbers("ranks", "1 for the best, equal numbers for ties")
     assert ranks is not None
+    ranked_list: dict[str, Any] = {
+        "prompt": prompt,
+        "responses": responses,
+        "ranks": ranks,
+        "group_id": group_id,
+        "annotator": check.name("annotator"),
+        "criterion": check.string("criterion"),
+    }
+    if version == 0:
+        # Other tools mean something else by the other names: an id of theirs may be that of many judgements.
+        return Record(**ranked_list, extra={n: v for n, v in row.items() if n not in (*ranked_list, "schema_version")})
     order = check.whole_numbers("order", "the index of the response shown first, second, ...", least=0) or ()
     if order and sorted(order) != list(range(size)):
         raise DataError(f'{place}: "order" is {list(order)}, not an order of the {size} responses (0 to {size - 1})')
@@ -146,12 +159,7 @@ def from_row(row: object, place: str) -> Record:
     if rubric is not None and not (isinstance(rubric, dict) and all(isinstance(v, str) for v in rubric.values())):
         raise DataError(f'{place}: "rubric" is {rubric!r}, not an object with "version" and "sha256"')
     return Record(
-        prompt=prompt,
-        responses=responses,
-        ranks=ranks,
-        group_id=group_id_of(row, place),
-        annotator=check.name("annotator"),
-        criterion=check.string("criterion"),
+        **ranked_list,
         id=check.string("id"),
         status=cast(Status, status),
         revises=revises,
@@ -172,8 +180,23 @@ def from_row(row: object, place: str) -> Record:
     )
 
 
-def check_group(row: Mapping[str, Any], place: str) -> tuple[Text, tuple[Text, ...]]:
-    """The prompt and the responses of a row.
+def check_object(row: object, place: str) -> dict[str, Any]:
+    """A parsed row that is a JSON object.
+
+    Raises
+    ------
+    DataError
+        It is not, or no JSON at all (the ``ValueError`` of :func:`ingot.data.files.parse_json`).
+    """
+    if isinstance(row, ValueError):
+        raise DataError(f"{place}: not valid JSON ({row})")
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a {type(row).__name__}, not an object")
+    return row
+
+
+def check_group(row: Mapping[str, Any], place: str) -> tuple[Text, tuple[Text, ...], str]:
+    """The prompt, the responses and the group id of a row; an id is made from the other two where there is none.
 
     Raises
     ------
@@ -196,41 +219,8 @@ def check_group(row: Mapping[str, Any], place: str) -> tuple[Text, tuple[Text, .
         problem = text_problem(response)
         if problem:
             raise DataError(f'{place}: response {number} in "responses" {problem}')
-    return row["prompt"], tuple(responses)
-
-
-def group_id_of(row: Mapping[str, Any], place: str) -> str:
-    """The group id of a row; derived from prompt and responses, in whatever order, where there is none."""
-    value = row.get("group_id")
-    if value is None or value == "":
-        return digest(row["prompt"], sorted(canonical(response).decode() for response in row["responses"]))[:16]
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f'{place}: "group_id" is a {type(value).__name__}, not a string')
-    return str(value)
-
-
-def unique(records: Iterable[Record]) -> list[Record]:
-    """Each record once: a row that was copied, or written again after an error, has the same id."""
-    seen: set[str] = set()
-    kept = []
-    for record in records:
-        if record.id and record.id in seen:
-            continue
-        seen.add(record.id)
-        kept.append(record)
-    return kept
-
-
-def in_force(records: Iterable[Record]) -> list[Record]:
-    """Judgements and skips that no later record revises, in the order in which they were made."""
-    kept = unique(records)
-    revised = {record.revises for record in kept if record.revises is not None}
-    return [record for record in kept if record.status != "withdrawn" and not (record.id and record.id in revised)]
-
-
-def current(records: Iterable[Record]) -> list[Record]:
-    """The judgements that count: neither revised nor taken back nor skipped. What reward models and statistics are made from."""
-    return [record for record in in_force(records) if record.status == "judged"]
+    group_id = _Fields(row, place, len(responses)).name("group_id") or group_id_of(row["prompt"], responses)
+    return row["prompt"], tuple(responses), group_id
 
 
 def _is_whole(value: object) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from ingot.data.keys import uniform
 from ingot.errors import ConfigError
 from ingot.feedback.candidates import Group
 from ingot.feedback.records import Kind
-from ingot.feedback.texts import uniform
 
 _LEAST_GAP = 5
 _GAP_SPREAD = 20

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
 
+from ingot.data.judgements import Status, in_force
+from ingot.data.keys import Text, uniform
 from ingot.errors import ConfigError, DataError
 from ingot.feedback.candidates import Group
 from ingot.feedback.criteria import BUILT_IN, Criterion
 from ingot.feedback.journal import Journal
-from ingot.feedback.records import Record, Status, in_force, with_id
+from ingot.feedback.records import Record, with_id
 from ingot.feedback.schedule import Item, schedule, shown_order
-from ingot.feedback.texts import Text, uniform
 
 T = TypeVar("T")
 

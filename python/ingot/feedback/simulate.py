@@ -9,13 +9,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from ingot.data.keys import Text, uniform
 from ingot.errors import ConfigError
 from ingot.feedback.candidates import Group
 from ingot.feedback.criteria import BUILT_IN, Criterion
 from ingot.feedback.records import Record, with_id
 from ingot.feedback.schedule import shown_order
 from ingot.feedback.session import Judgement, Showing
-from ingot.feedback.texts import Text, plain, uniform
+from ingot.feedback.texts import plain
 
 Score = Callable[[Text, Text], float]
 """(prompt, response) -> how good the response is."""

@@ -27,9 +27,9 @@ from ingot.feedback.display import escape, is_hidden, visible
 from ingot.feedback.session import Judgement, Session, Showing
 
 if TYPE_CHECKING:
+    from ingot.data.keys import Text
     from ingot.feedback.criteria import Criterion
     from ingot.feedback.schedule import Item
-    from ingot.feedback.texts import Text
 
 T = TypeVar("T")
 

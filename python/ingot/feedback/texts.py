@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Any
-
-Text = str | list[dict[str, Any]]
+from ingot.data.keys import Text
 
 
 def text_problem(value: object) -> str | None:
@@ -29,18 +25,3 @@ def text_problem(value: object) -> str | None:
 def plain(text: Text) -> str:
     """The words alone: a string as it is, messages one after the other without their roles."""
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-
-
-def canonical(*values: object) -> bytes:
-    """The same bytes for the same values, whatever the order of keys: what ids and keyed random numbers are made from."""
-    return json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
-
-
-def digest(*values: object) -> str:
-    """sha256 of the values as hex."""
-    return hashlib.sha256(canonical(*values)).hexdigest()
-
-
-def uniform(*values: object) -> float:
-    """A number in [0, 1) that is a function of the values: the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(canonical(*values)).digest()[:8], "big") / 2.0**64

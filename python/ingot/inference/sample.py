@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ingot.data.keys import canonical, digest
 from ingot.data.rows import PromptOnly, RowError, read_rows
 from ingot.errors import ConfigError, DataError
-from ingot.feedback.texts import canonical, digest
 from ingot.inference.prompts import PromptEncoder
 from ingot.json_lines import append_lines, is_row
 from ingot.losses.best_of_n import best_of_n_kl_bound, best_rows, expected_max

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
+from ingot.data.keys import By, Text, prompt_key, uniform
 from ingot.errors import DataError
-from ingot.feedback.texts import Text, uniform
 
 Side = Literal["train", "held_out"]
-By = Literal["first_turn", "prompt"]
 
 RowT = TypeVar("RowT")
 
@@ -20,11 +19,10 @@ RowT = TypeVar("RowT")
 def split_side(prompt: Text, held_out: float = 0.1, seed: int = 0, by: By = "first_turn") -> Side:
     """On which side a prompt lies; a share of ``held_out`` prompts is held out.
 
-    ``by="first_turn"`` keeps all continuations of one conversation together: messages count up to the first one of the user.
-    ``by="prompt"`` looks at the whole prompt, for data whose conversations all begin alike. Case and white space make no difference,
-    and a string is the same prompt as one message of the user with that text.
+    ``by="first_turn"`` keeps all continuations of one conversation together; ``by="prompt"`` looks at the whole prompt, for data whose
+    conversations all begin alike (:func:`ingot.data.keys.prompt_key`).
     """
-    return "held_out" if uniform("split", seed, *_key(prompt, by)) < held_out else "train"
+    return "held_out" if uniform("split", seed, *prompt_key(prompt, by)) < held_out else "train"
 
 
 def split_rows(
@@ -54,11 +52,3 @@ def split_rows(
                 + (', or by="prompt"' if by == "first_turn" else "")
             )
     return sides["train"], sides["held_out"]
-
-
-def _key(prompt: Text, by: By) -> list[str]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if by == "first_turn":
-        first = next((number for number, message in enumerate(messages) if message["role"] == "user"), len(messages))
-        messages = messages[: first + 1]
-    return [" ".join(part.casefold().split()) for message in messages for part in (message["role"], message["content"])]
