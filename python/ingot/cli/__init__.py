@@ -45,6 +45,7 @@ COMMANDS: dict[str, Entry] = {
     "data import": Entry("data", "Import", "make rows of data in other formats: HH, Alpaca, ShareGPT, Argilla, ..."),
     "plan": Entry("plan", "Plan", "what to train on this machine in a given time"),
     "pretrain": Entry("pretrain", "Pretrain", "train a network to predict the next token of raw text"),
+    "sft": Entry("sft", "SFT", "fine-tune a model on demonstrations, so that it answers"),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
     "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
