@@ -48,6 +48,7 @@ COMMANDS: dict[str, Entry] = {
     "sft": Entry("sft", "SFT", "fine-tune a model on demonstrations, so that it answers"),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
+    "chat": Entry("chat", "Chat", "talk with a model; its answers appear as they are written"),
     "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
     "agreement": Entry("agreement", "Agreement", "how far labellers agree, what sways them, what to label again"),
     "cache": Entry("cache", "Cache", "list or clear the token files kept between runs"),
