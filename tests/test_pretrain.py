@@ -23,6 +23,7 @@ from ingot.errors import ConfigError, DataError, RunError
 from ingot.models import Model, load_model
 from ingot.tokenizer import Tokenizer
 from ingot.training import pretrain as loop
+from ingot.training import resuming
 from ingot.training.callbacks import Callback
 from ingot.training.checkpoints import list_checkpoints
 from ingot.training.cost import Cost, fit_to_time, memory_estimate, timed
@@ -482,5 +483,5 @@ def test_the_memory_estimate_is_of_the_right_size():
 
 def test_names_of_the_package():
     assert ingot.pretrain is pretrain
-    assert ingot.resume is resume
+    assert ingot.resume is resuming.resume
     assert ingot.PretrainConfig is PretrainConfig

@@ -10,27 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, ModelConfig, PretrainConfig
+    from ingot.configs import Architecture, ModelConfig, PretrainConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.tokenizer import Tokenizer
-    from ingot.training.pretrain import PretrainResult, pretrain, resume
+    from ingot.training.pretrain import PretrainResult, pretrain
+    from ingot.training.resuming import resume
+    from ingot.training.sft import sft
+    from ingot.training.trainer import TrainingResult
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "ModelConfig", "PretrainConfig"),
+    "ingot.configs": ("Architecture", "ModelConfig", "PretrainConfig", "SFTConfig"),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.tokenizer": ("Tokenizer",),
-    "ingot.training.pretrain": ("PretrainResult", "pretrain", "resume"),
+    "ingot.training.pretrain": ("PretrainResult", "pretrain"),
+    "ingot.training.resuming": ("resume",),
+    "ingot.training.sft": ("sft",),
+    "ingot.training.trainer": ("TrainingResult",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -49,8 +55,10 @@ __all__ = [
     "PretrainConfig",
     "PretrainResult",
     "RunError",
+    "SFTConfig",
     "Sampling",
     "Tokenizer",
+    "TrainingResult",
     "__version__",
     "build_info",
     "evaluate",
@@ -58,6 +66,7 @@ __all__ = [
     "load_model",
     "pretrain",
     "resume",
+    "sft",
     "stream",
 ]
 

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 
@@ -254,39 +254,21 @@ class Architecture:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Pretraining: a tokenizer and raw text in, a network that predicts the next token out."""
+class TrainingConfig:
+    """What every phase of training is told: how long, how fast, how often it looks and saves, and on what it computes."""
 
     data: tuple[str, ...] = ()
-    """Text to learn from: files and folders (.txt, .jsonl with a "text" field, each also as .gz or .zst)."""
-    output: str = "runs/pretrain"
+    """What to learn from: files."""
+    output: str = "runs/run"
     """The run's folder: model, tokenizer, checkpoints, metrics and curves."""
-    tokenizer: str | None = None
-    """A trained tokenizer (folder or tokenizer.json). Without one: bytes, or a new one where vocab_size is given."""
-    vocab_size: int | None = None
-    """Train a tokenizer of this size on the data first (256: bytes as they are). Not together with tokenizer."""
-    model: str | None = None
-    """Go on from this model (a folder with config.json and model.safetensors) instead of a new one."""
-    architecture: Annotated[Architecture, tyro.conf.arg(name="model")] = dataclasses.field(default_factory=Architecture)
-    """The new network, where no model to go on from is given."""
-    separator: str | None = None
-    """Cut each text file into documents at this string, for example "<|endoftext|>"."""
-    windows: Literal["auto", "packed", "random"] = "auto"
-    """packed: whole documents side by side, never mixed; random: windows anywhere in one long text; auto: random for a single document."""
-    document_order: Literal["shuffled", "given"] = "shuffled"
-    """shuffled: new in each epoch; given: as the files have them, each time, so that easy documents can come first (packed windows only)."""
     held_out: float = 0.1
-    """Share of the data kept out of training to measure the held-out loss: documents, or the last part of one long text."""
-    max_length: int = 256
-    """Longest sequence in tokens that a step sees."""
+    """Share of the data kept out of training to measure the held-out loss."""
     per_device_train_batch_size: int = 16
-    """Rows of max_length tokens in one forward and backward pass."""
-    gradient_accumulation_steps: int = 1
-    """Passes whose gradients add up to one step, as if they were one batch."""
+    """Rows of one step."""
     max_steps: int | None = None
-    """Number of optimizer steps. The schedule ends there. Without it, num_train_epochs or max_time decide; 1000 where none is given."""
+    """Number of optimizer steps. The schedule ends there."""
     num_train_epochs: float | None = None
-    """Passes over the training text, instead of max_steps."""
+    """Passes over the training data, instead of max_steps."""
     max_time: str | None = None
     """Time for training such as 90s, 30m or 2h: the number of steps, and with it the schedule, is fitted to it from measured steps."""
     learning_rate: float = 1e-3
@@ -321,12 +303,10 @@ class PretrainConfig:
     """Steps between two checkpoints; as eval_steps unless given."""
     save_total_limit: int = 2
     """Keep this many of the newest checkpoints, and the best one."""
-    sample_prompt: str | None = None
-    """Prompt of the sample at each evaluation; the beginning of a held-out text unless given."""
     sample_tokens: int = 100
-    """Length of that sample; 0 for none."""
+    """Length of the samples at each evaluation; 0 for none."""
     seed: int = 0
-    """Of the initial weights, the order of the data, dropout and samples."""
+    """Of new weights, the order of the data, dropout and samples."""
     backend: Backend = "native"
     """native: the SIMD core on the CPU; torch: PyTorch, also on a GPU (pip install "ingot[torch]")."""
     device: str | None = None
@@ -337,11 +317,9 @@ class PretrainConfig:
     """CPU threads; what affinity and the container allow unless given. The result does not depend on it."""
     level: Level | None = None
     """Force an instruction level; the best one unless given."""
-    cache_dir: str | None = None
-    """Where token files are kept for the next run; .cache in the output folder's parent unless given."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        for name in ("per_device_train_batch_size", "logging_steps"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_steps", "eval_steps", "eval_batches", "save_steps", "threads"):
             value = getattr(self, name)
@@ -359,39 +337,176 @@ class PretrainConfig:
         )
         given = [n for n in ("max_steps", "num_train_epochs", "max_time") if getattr(self, n) is not None]
         _require(len(given) <= 1, f"{' and '.join(given)} each fix the length of the run: give one of them")
-        _require(self.tokenizer is None or self.vocab_size is None, "give tokenizer or vocab_size, not both")
         if self.max_time is not None:
             parse_duration(self.max_time)
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where and how the network is computed, as :func:`ingot.Model` and :func:`ingot.load_model` take it."""
+        names = ("backend", "device", "threads", "level", "precision")
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values, in the shape that a TOML file has (``model`` is the network's table or a path)."""
+        """All fields as plain values, in the shape that a TOML file has."""
         fields = dataclasses.asdict(self)
         fields["data"] = list(self.data)
-        architecture = fields.pop("architecture")
-        if self.model is None:
-            fields["model"] = {name: value for name, value in architecture.items() if value is not None}
         return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], source: str = "configuration") -> PretrainConfig:
+    def fields_of(cls, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """The keyword arguments that a TOML table holds, checked by name."""
+        check_keys(cls, fields, source)
+        values = dict(fields)
+        if "data" in values:
+            data = values["data"]
+            values["data"] = (data,) if isinstance(data, str) else tuple(data)
+        return values
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], source: str = "configuration") -> Self:
         """Built from such a mapping, over the defaults; unknown keys are errors that name the nearest one and ``source``."""
-        return dataclasses.replace(cls(), **pretrain_fields(fields, source))
+        return cls(**cls.fields_of(fields, source))
 
 
-def pretrain_fields(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The keyword arguments of :class:`PretrainConfig` that a TOML table holds, checked by name."""
-    values = dict(fields)
-    model = values.pop("model", None)
-    check_keys(PretrainConfig, values, source)
-    if isinstance(model, Mapping):
-        check_keys(Architecture, model, f"{source}, table [model]")
-        values["architecture"] = Architecture(**model)
-    elif model is not None:
-        values["model"] = model
-    if "data" in values:
-        data = values["data"]
-        values["data"] = (data,) if isinstance(data, str) else tuple(data)
-    return values
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Pretraining: a tokenizer and raw text in, a network that predicts the next token out."""
+
+    data: tuple[str, ...] = ()
+    """Text to learn from: files and folders (.txt, .jsonl with a "text" field, each also as .gz or .zst)."""
+    output: str = "runs/pretrain"
+    """The run's folder: model, tokenizer, checkpoints, metrics and curves."""
+    tokenizer: str | None = None
+    """A trained tokenizer (folder or tokenizer.json). Without one: bytes, or a new one where vocab_size is given."""
+    vocab_size: int | None = None
+    """Train a tokenizer of this size on the data first (256: bytes as they are). Not together with tokenizer."""
+    model: str | None = None
+    """Go on from this model (a folder with config.json and model.safetensors) instead of a new one."""
+    architecture: Annotated[Architecture, tyro.conf.arg(name="model")] = dataclasses.field(default_factory=Architecture)
+    """The new network, where no model to go on from is given."""
+    separator: str | None = None
+    """Cut each text file into documents at this string, for example "<|endoftext|>"."""
+    windows: Literal["auto", "packed", "random"] = "auto"
+    """packed: whole documents side by side, never mixed; random: windows anywhere in one long text; auto: random for a single document."""
+    document_order: Literal["shuffled", "given"] = "shuffled"
+    """shuffled: new in each epoch; given: as the files have them, each time, so that easy documents can come first (packed windows only)."""
+    held_out: float = 0.1
+    """Share of the data kept out of training to measure the held-out loss: documents, or the last part of one long text."""
+    max_length: int = 256
+    """Longest sequence in tokens that a step sees."""
+    per_device_train_batch_size: int = 16
+    """Rows of max_length tokens in one forward and backward pass."""
+    gradient_accumulation_steps: int = 1
+    """Passes whose gradients add up to one step, as if they were one batch."""
+    max_steps: int | None = None
+    """Number of optimizer steps. The schedule ends there. Without it, num_train_epochs or max_time decide; 1000 where none is given."""
+    num_train_epochs: float | None = None
+    """Passes over the training text, instead of max_steps."""
+    sample_prompt: str | None = None
+    """Prompt of the sample at each evaluation; the beginning of a held-out text unless given."""
+    sample_tokens: int = 100
+    """Length of that sample; 0 for none."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, dropout and samples."""
+    cache_dir: str | None = None
+    """Where token files are kept for the next run; .cache in the output folder's parent unless given."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "gradient_accumulation_steps"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
+        _require(self.tokenizer is None or self.vocab_size is None, "give tokenizer or vocab_size, not both")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, in the shape that a TOML file has (``model`` is the network's table or a path)."""
+        fields = super().to_dict()
+        architecture = fields.pop("architecture")
+        if self.model is None:
+            fields["model"] = {name: value for name, value in architecture.items() if value is not None}
+        return fields
+
+    @classmethod
+    def fields_of(cls, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """The keyword arguments that a TOML table holds, checked by name; a table ``model`` is the network's."""
+        values = dict(fields)
+        model = values.pop("model", None)
+        values = super().fields_of(values, source)
+        if isinstance(model, Mapping):
+            check_keys(Architecture, model, f"{source}, table [model]")
+            values["architecture"] = Architecture(**model)
+        elif model is not None:
+            values["model"] = model
+        return values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning: a pretrained model and demonstrations in, a model that answers out."""
+
+    model: str = ""
+    """Start from this model: a folder with config.json and model.safetensors, such as a run of ingot pretrain."""
+    data: tuple[str, ...] = ()
+    """Demonstrations: files of rows with messages, prompt and completion, or text (.jsonl, .json, each also as .gz or .zst; .parquet)."""
+    output: str = "runs/sft"
+    """The run's folder: model, tokenizer, chat template, checkpoints, metrics and curves."""
+    chat_template: str | None = None
+    """A file with a chat template in Jinja; that of the model unless given, and the built-in one where it has none."""
+    held_out: float = 0.1
+    """Share of the prompts kept out of training to measure the held-out loss; rows with one prompt lie on one side."""
+    max_length: int | None = None
+    """Leave out rows of more tokens than this; what the model is made for unless given. None is cut."""
+    pack_length: int | None = None
+    """Most tokens of one forward and backward pass: bounds memory and does not change the loss. At least max_length; 4096 unless given."""
+    per_device_train_batch_size: int = 16
+    """Rows of one step."""
+    max_steps: int | None = None
+    """Number of optimizer steps. The schedule ends there. Without it, num_train_epochs or max_time decide; 3 epochs where none is given."""
+    learning_rate: float = 2e-5
+    """Peak learning rate. Networks of a few million weights take 1e-4 to 1e-3."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; vectors have none."""
+    dropout: float = 0.0
+    """Probability of dropping a value while training, whatever the model was pretrained with."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """nll: cross-entropy; dft: each token weighed by its own probability (dynamic fine-tuning)."""
+    loss_reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
+    """Every token of a step counts the same, every row does, or all add up."""
+    prompt_weight: float = 0.0
+    """What a token of a prompt counts beside one of an answer."""
+    label_smoothing_factor: float = 0.0
+    """Share of the target that is spread over the whole vocabulary (nll only)."""
+    z_loss: float = 0.0
+    """Coefficient of the squared log-sum of the logits, which keeps their scale in bounds (nll only)."""
+    sample_prompts: int = 8
+    """Held-out prompts that the model answers at each evaluation; the share that it ends by itself is eval_eos_rate."""
+    sample_tokens: int = 128
+    """Most tokens of such an answer; 0 for no answers."""
+    sample_temperature: float = 0.7
+    """Temperature of such an answer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_length", "pack_length"):
+            value = getattr(self, name)
+            _require(value is None or value >= 2, f"{name} must be at least 2, got {value}")
+        if self.max_length is not None and self.pack_length is not None:
+            _require(
+                self.pack_length >= self.max_length,
+                f"pack_length {self.pack_length} is below max_length {self.max_length}: a row must fit into a pack",
+            )
+        _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
+        _require(self.prompt_weight >= 0.0, f"prompt_weight must be 0 or more, got {self.prompt_weight}")
+        _require(self.z_loss >= 0.0, f"z_loss must be 0 or more, got {self.z_loss}")
+        _require(
+            0.0 <= self.label_smoothing_factor < 1.0,
+            f"label_smoothing_factor must be at least 0 and below 1, got {self.label_smoothing_factor}",
+        )
+        _require(
+            self.loss_type == "nll" or not (self.label_smoothing_factor or self.z_loss),
+            "loss_type dft has neither label_smoothing_factor nor z_loss: leave both 0",
+        )
+        _require(self.sample_prompts >= 0, f"sample_prompts must not be negative, got {self.sample_prompts}")
+        _require(self.sample_temperature >= 0, f"sample_temperature must be 0 or more, got {self.sample_temperature}")
 
 
 def check_keys(config: type, fields: Mapping[str, Any], source: str) -> None:

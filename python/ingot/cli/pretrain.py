@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ingot.configs import PretrainConfig, load_recipe, load_toml, pretrain_fields
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.configs import PretrainConfig, load_recipe, load_toml
 from ingot.errors import ConfigError
 
-_LENGTHS = ("max_steps", "num_train_epochs", "max_time")
-_VOCABULARIES = ("tokenizer", "vocab_size")
+# Settings that exclude one another.
+_GROUPS = (LENGTHS, ("tokenizer", "vocab_size"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,15 +37,12 @@ class Pretrain(PretrainConfig):
         from ingot.cli import parse_flags
 
         fields: dict[str, Any] = {}
-        recipe, config = _value(arguments, "recipe"), _value(arguments, "config")
+        recipe, config = flag_value(arguments, "recipe"), flag_value(arguments, "config")
         if recipe is not None:
-            fields |= pretrain_fields(load_recipe(recipe), f"recipe {recipe}")
+            fields |= PretrainConfig.fields_of(load_recipe(recipe), f"recipe {recipe}")
         if config is not None:
-            _override(fields, pretrain_fields(load_toml(config), config))
-        flags = {
-            argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument.startswith("--")
-        }
-        _override(fields, {}, flags)
+            override(fields, PretrainConfig.fields_of(load_toml(config), config), _GROUPS)
+        override(fields, {}, _GROUPS, flag_names(arguments))
         return parse_flags(cls, arguments, prog="ingot pretrain", default=cls(**fields))
 
     def settings(self) -> PretrainConfig:
@@ -54,31 +52,12 @@ class Pretrain(PretrainConfig):
 
     def run(self) -> int:
         """Start or resume the run."""
-        import ingot
+        from ingot.training import pretrain
 
         if self.resume is not None:
-            ingot.resume(self.resume, max_steps=self.max_steps, threads=self.threads, level=self.level)
+            pretrain.resume(self.resume, max_steps=self.max_steps, threads=self.threads, level=self.level)
             return 0
         if not self.data:
             raise ConfigError("no text to learn from: give --data with files or folders")
-        ingot.pretrain(self.settings(), dry_run=self.dry_run)
+        pretrain.pretrain(self.settings(), dry_run=self.dry_run)
         return 0
-
-
-def _value(arguments: Sequence[str], flag: str) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument == f"--{flag}" and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"--{flag}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def _override(fields: dict[str, Any], newer: dict[str, Any], flags: set[str] | None = None) -> None:
-    """Put ``newer`` over ``fields``; of settings that exclude one another the newer one wins."""
-    names = flags if flags is not None else set(newer)
-    for group in (_LENGTHS, _VOCABULARIES):
-        if names.intersection(group):
-            for name in group:
-                fields.pop(name, None)
-    fields |= newer

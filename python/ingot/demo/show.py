@@ -14,7 +14,7 @@ from rich.text import Text
 
 import ingot
 from ingot import world
-from ingot.configs import PretrainConfig, load_recipe, pretrain_fields
+from ingot.configs import PretrainConfig, load_recipe
 from ingot.data.corpus import Corpus
 from ingot.demo import DemoConfig
 from ingot.demo.measure import Sample, answer, figures, read, write
@@ -190,7 +190,7 @@ class _Look(Callback):
 
 
 def _settings(config: DemoConfig) -> PretrainConfig:
-    fields = pretrain_fields(load_recipe(config.recipe), config.recipe)
+    fields = PretrainConfig.fields_of(load_recipe(config.recipe), config.recipe)
     fields |= {"output": config.output, "seed": config.seed, "threads": config.threads, "level": config.level}
     if config.max_steps is not None:
         fields |= {"max_steps": config.max_steps, "eval_steps": None, "save_steps": None}

@@ -10,7 +10,7 @@ import codecs
 import dataclasses
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -42,7 +42,7 @@ class Completion:
     logprobs: list[float]
     """Their log-probabilities under the full softmax at the sampling temperature (at temperature 1 where it is 0), nats."""
     finish_reason: FinishReason
-    """``end_of_text``: the model ended the document; ``stop``: a stop string appeared; ``length``: ``max_new_tokens`` were written."""
+    """``end_of_text``: the model ended the document, or its turn; ``stop``: a stop string appeared; ``length``: ``max_new_tokens`` were written."""
 
 
 def generate(
@@ -60,6 +60,7 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     stop_at_end_of_text: bool = True,
+    end_ids: Collection[int] = (),
     batch_size: int = _BATCH_SIZE,
     on_token: OnToken | None = None,
 ) -> list[Completion]:
@@ -80,6 +81,8 @@ def generate(
         The same seed gives the same sample for a (prompt, its index, sample number), whatever is generated beside it.
     stop_at_end_of_text
         Whether the end-of-text token ends a continuation.
+    end_ids
+        Other tokens that end one, such as the end of a turn (:attr:`ingot.data.chat.ChatEncoder.end_ids`).
     batch_size
         Most sequences at a time. Changes speed and memory, not the result.
     on_token
@@ -103,7 +106,7 @@ def generate(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    writing = _Writing(model, tokenizer, sampling, max_new_tokens, stop, seed, stop_at_end_of_text)
+    writing = _Writing(model, tokenizer, sampling, max_new_tokens, stop, seed, stop_at_end_of_text, end_ids)
     jobs = [job for index, prompt in enumerate(prompts) for job in writing.jobs(prompt, index, range(num_samples))]
     for job, piece in writing.run(jobs, batch_size):
         if on_token is not None and piece:
@@ -126,6 +129,7 @@ def stream(
     sample_index: int = 0,
     seed: int = 0,
     stop_at_end_of_text: bool = True,
+    end_ids: Collection[int] = (),
 ) -> Iterator[str]:
     """Continue one prompt and yield the text as it becomes final.
 
@@ -138,7 +142,7 @@ def stream(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    writing = _Writing(model, tokenizer, sampling, max_new_tokens, stop, seed, stop_at_end_of_text)
+    writing = _Writing(model, tokenizer, sampling, max_new_tokens, stop, seed, stop_at_end_of_text, end_ids)
     jobs = writing.jobs(prompt, 0, [sample_index])
     return (piece for _, piece in writing.run(jobs, 1) if piece)
 
@@ -217,6 +221,7 @@ class _Writing:
         stop: str | Sequence[str],
         seed: int,
         stop_at_end_of_text: bool,
+        end_ids: Collection[int],
     ) -> None:
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -233,7 +238,8 @@ class _Writing:
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.seed = seed
-        self.end = tokenizer.eos_token_id if stop_at_end_of_text else None
+        ends = (tokenizer.eos_token_id if stop_at_end_of_text else None, *end_ids)
+        self.ends = frozenset(end for end in ends if end is not None)
         # A model with learned positions has none beyond these.
         self.limit = model.config.max_position_embeddings if model.config.position == "learned" else None
         # Ids that a padded vocabulary has beyond the tokenizer's: they have no text.
@@ -313,7 +319,7 @@ class _Writing:
         job.token_ids.append(token)
         job.context.append(token)
         job.logprobs.append(logprob)
-        if token == self.end:
+        if token in self.ends:
             job.finish("end_of_text")
             return
         job.write(self.tokenizer.token_bytes(token), self.stop)

@@ -16,6 +16,13 @@ def versions() -> dict[str, str]:
     return {**{name: importlib.metadata.version(name) for name in names}, "python": platform.python_version()}
 
 
+_INTRODUCTIONS = {
+    "pretrain": "A language model trained with `ingot pretrain`. It continues text; it was taught nothing about what is true or wanted.",
+    "sft": "A language model fine-tuned on demonstrations with `ingot sft`. It answers in the manner of its examples; "
+    "nothing was done to make what it says true or harmless.",
+}
+
+
 def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, float | None], num_parameters: int) -> str:
     """The card's text.
 
@@ -29,10 +36,21 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
     data, config = facts["data"], facts["config"]
     name = PurePath(str(config["output"])).name or "model"
     measured = [f"| {label} | {value:.4f} |" for label, value in losses.items() if value is not None]
+    if facts["kind"] == "pretrain":
+        source = {
+            "corpus sha256": data["source_hash"],
+            "corpus": f"{data['num_bytes']:,} bytes, {data['num_documents']:,} documents, {data['num_tokens']:,} tokens",
+            "held out": f"{data['held_out_tokens']:,} tokens; {data['split']}",
+        }
+    else:
+        source = {
+            "examples sha256": data["examples_hash"],
+            "examples": f"{data['num_rows']:,} rows, {data['num_too_long']:,} of them left out as longer than {data['max_length']} tokens",
+            "held out": f"{data['num_held_out']:,} rows; {data['split']}",
+            "chat template sha256": data["template_hash"],
+        }
     lineage = {
-        "corpus sha256": data["source_hash"],
-        "corpus": f"{data['num_bytes']:,} bytes, {data['num_documents']:,} documents, {data['num_tokens']:,} tokens",
-        "held out": f"{data['held_out_tokens']:,} tokens; {data['split']}",
+        **source,
         "tokenizer hash": data["tokenizer_hash"],
         "started from": config["model"] if isinstance(config.get("model"), str) else "random weights",
         "steps": f"{step:,}",
@@ -56,7 +74,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
             f"# {name}",
             "",
-            "A language model trained with `ingot pretrain`. It continues text; it was taught nothing about what is true or wanted.",
+            _INTRODUCTIONS[facts["kind"]],
             "",
             "| losses, nats per token | |",
             "|---|---|",

@@ -27,8 +27,10 @@ from ingot.durable import (
 )
 from ingot.errors import CheckpointError
 from ingot.models.safetensors_files import write_tensors
+from ingot.training.companions import write_tokenizer_config
 
 if TYPE_CHECKING:
+    from ingot.data.chat import ChatEncoder
     from ingot.models.base import Model
     from ingot.tokenizer import Tokenizer
 
@@ -44,9 +46,17 @@ class NewerFormat(CheckpointError):
 
 
 def write_checkpoint(
-    folder: Path, step: int, model: Model, tokenizer: Tokenizer, state: Mapping[str, Any], versions: Mapping[str, str]
+    folder: Path,
+    step: int,
+    model: Model,
+    tokenizer: Tokenizer,
+    state: Mapping[str, Any],
+    versions: Mapping[str, str],
+    encoder: ChatEncoder | None = None,
 ) -> Path:
     """Save ``folder/checkpoint-<step>``. It appears under its name when all of it is on the disk.
+
+    With ``encoder``, whose template the model was trained with, that template is among its files.
 
     Raises
     ------
@@ -60,6 +70,8 @@ def write_checkpoint(
         reached(f"{MODEL_FILE}: before write")
         model.save(temporary)
         tokenizer.save(temporary)
+        if encoder is not None:
+            write_tokenizer_config(temporary, tokenizer, model.config.max_position_embeddings, encoder)
         reached(f"{OPTIMIZER_FILE}: before write")
         write_tensors(temporary / OPTIMIZER_FILE, model.optimizer.state())
         (temporary / STATE_FILE).write_bytes(_json({"format_version": FORMAT_VERSION, **state}))

@@ -6,16 +6,13 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from ingot.configs import PretrainConfig, parse_duration
+from ingot.configs import TrainingConfig, parse_duration
 from ingot.environment import memory_limit, peak_memory
 from ingot.training.cost import Cost, Probe, fit_to_time, save_estimate_s
-from ingot.training.preparation import Text
 from ingot.training.progress import Display, duration
 
 if TYPE_CHECKING:
     from ingot.models.base import Model
-
-_DEFAULT_STEPS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +27,15 @@ class Decisions:
 
 
 def decide(
-    config: PretrainConfig, text: Text, model: Model, probe: Probe, known: dict[str, Any]
+    config: TrainingConfig,
+    model: Model,
+    probe: Probe,
+    known: dict[str, Any],
+    *,
+    steps_per_epoch: float,
+    default_steps: int,
 ) -> tuple[Decisions, Cost]:
-    """Settle what is open; what is ``known`` from an earlier start of the run stays.
+    """Settle what is open; what is ``known`` from an earlier start of the run stays. ``default_steps`` where no length is given.
 
     Raises
     ------
@@ -49,9 +52,9 @@ def decide(
         max_steps, fitting = fit_to_time(budget_s, probe.step_s, save_s, probe.evaluation_batch_s, limit)
         eval_batches = eval_batches if fitting is None else fitting
     elif config.num_train_epochs is not None:
-        max_steps = max(1, math.ceil(config.num_train_epochs * text.batches.steps_per_epoch()))
+        max_steps = max(1, math.ceil(config.num_train_epochs * steps_per_epoch))
     else:
-        max_steps = config.max_steps or _DEFAULT_STEPS
+        max_steps = config.max_steps or default_steps
     eval_steps = int(known.get("eval_steps", config.eval_steps or -(-max_steps // 10)))
     save_steps = int(known.get("save_steps", config.save_steps or eval_steps))
     used = probe.evaluation_batches if eval_batches is None else min(probe.evaluation_batches, eval_batches)
@@ -60,31 +63,39 @@ def decide(
 
 
 def announce(
-    config: PretrainConfig,
-    text: Text,
+    config: TrainingConfig,
     model: Model,
     probe: Probe,
     decisions: Decisions,
     cost: Cost,
     done: int,
     display: Display,
+    *,
+    kind: str,
+    data: str,
+    shape: str,
+    passes: float,
 ) -> None:
-    """Say what the run is and what it costs from step ``done`` on."""
+    """Say what the run is and what it costs from step ``done`` on.
+
+    Parameters
+    ----------
+    kind, data
+        One word for what is learned from, and how much of it is learned from and held out.
+    shape
+        How a step is made up.
+    passes
+        Of the remaining steps over the data.
+    """
     remaining = decisions.max_steps - done
-    evaluations = remaining // decisions.eval_steps + 2 if text.facts["held_out_tokens"] else 0
+    evaluations = remaining // decisions.eval_steps + 2 if probe.evaluation_batches else 0
     expected_s = cost.total_s(remaining, evaluations, remaining // decisions.save_steps + 1)
-    passes = remaining * probe.step_tokens / text.facts["train_tokens"]
     display.say(
         f"network   {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {model.num_parameters:,} parameters; "
         f"{model.backend} backend, level {model.level}, {model.threads} threads"
     )
-    display.say(
-        f"text      {text.facts['train_tokens']:,} tokens to learn from, {text.facts['held_out_tokens']:,} held out: {text.facts['split']}"
-    )
-    display.say(
-        f"length    {remaining:,} steps of about {probe.step_tokens:,} tokens ({text.windows} windows of up to {config.max_length}), "
-        f"{passes:.2f} passes over the text"
-    )
+    display.say(f"{kind:<10}{data}")
+    display.say(f"length    {remaining:,} steps of about {probe.step_tokens:,} tokens ({shape}), {passes:.2f} passes")
     display.say(
         f"cost      about {duration(expected_s)}: steps {duration(remaining * cost.step_s)} at {probe.step_tokens / cost.step_s:,.0f} "
         f"tokens/s, held-out losses {duration(evaluations * cost.evaluation_s)}, timed just now on the run's first batch; "

@@ -29,6 +29,7 @@ from ingot.training.locks import RunLock
 from ingot.training.metrics import MetricsLog
 
 if TYPE_CHECKING:
+    from ingot.data.chat import ChatEncoder
     from ingot.models.base import Model
     from ingot.tokenizer import Tokenizer
 
@@ -102,20 +103,32 @@ class RunFolder:
             raise
         return cls(path, lock, facts)
 
+    def require_kind(self, kind: str) -> None:
+        """Refuse to go on with a run of another phase.
+
+        Raises
+        ------
+        RunError
+            Says which command goes on with it.
+        """
+        if self.facts["kind"] != kind:
+            found = self.facts["kind"]
+            raise RunError(f"{self.path}: a run of ingot {found}; go on with it: ingot {found} --resume {self.path}")
+
     def save_facts(self) -> None:
         """Write run.json."""
         write_file(self.path / RUN_FILE, json.dumps(self.facts, indent=1).encode() + b"\n")
 
-    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Put the tokenizer at the top of the folder; tokenizer.json appears last."""
+    def save_tokenizer(self, tokenizer: Tokenizer, encoder: ChatEncoder | None = None) -> None:
+        """Put the tokenizer, and the chat template where there is one, at the top of the folder; tokenizer.json appears last."""
 
         def write(folder: Path) -> None:
             tokenizer.save(folder)
-            write_tokenizer_config(folder, tokenizer)
+            write_tokenizer_config(folder, tokenizer, encoder=encoder)
 
         self._publish(write, last="tokenizer.json")
 
-    def export(self, model: Model, tokenizer: Tokenizer, card: str) -> None:
+    def export(self, model: Model, tokenizer: Tokenizer, card: str, encoder: ChatEncoder | None = None) -> None:
         """Make the top of the folder a Hugging Face directory of this model; each file is replaced in one step, weights last.
 
         Raises
@@ -127,8 +140,8 @@ class RunFolder:
         def write(folder: Path) -> None:
             model.save(folder)
             tokenizer.save(folder)
-            write_tokenizer_config(folder, tokenizer, model.config.max_position_embeddings)
-            write_generation_config(folder, tokenizer)
+            write_tokenizer_config(folder, tokenizer, model.config.max_position_embeddings, encoder)
+            write_generation_config(folder, tokenizer, encoder)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
         self._publish(write, last=MODEL_FILE)
