@@ -161,12 +161,12 @@ def test_ids_of_a_padded_vocabulary_are_used_before_it_grows():
 
 def test_it_learns_a_task_and_leaves_a_complete_folder(place, capsys):
     write_base(place / "base", hidden_size=32)
-    config = config_at(place, max_steps=120, eval_steps=60, sample_tokens=8, held_out=0.2, sample_temperature=0.0)
+    config = config_at(place, max_steps=240, eval_steps=120, sample_tokens=8, held_out=0.2, sample_temperature=0.0)
     result = ingot.sft(config)
     out = capsys.readouterr().out
-    assert re.search(r"^step 120  held-out loss \d\.\d+  token accuracy \d+\.\d %  answers ended 100 %$", out, re.M)
+    assert re.search(r"^step 240  held-out loss \d\.\d+  token accuracy \d+\.\d %  answers ended 100 %$", out, re.M)
     lines = [line for line in result.history if "eval_loss" in line]
-    assert [line["step"] for line in lines] == [0, 60, 120]
+    assert [line["step"] for line in lines] == [0, 120, 240]
     assert lines[-1]["eval_loss"] < 0.3 * lines[0]["eval_loss"]
     assert lines[-1]["eval_mean_token_accuracy"] > 0.9
     assert lines[-1]["eval_eos_rate"] == 1.0
