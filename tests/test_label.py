@@ -488,7 +488,9 @@ def test_a_bad_candidate_is_named_by_file_and_row(desk, row, message):
 
 
 def test_candidates_come_from_any_file_of_rows(tmp_path):
-    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    import pyarrow
+    from pyarrow import parquet
+
     lines = [{"prompt": f"p{n}", "responses": ["a", "b"]} for n in range(3)]
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     (tmp_path / "a.jsonl").write_bytes(content)

@@ -48,7 +48,8 @@ def test_what_counts_as_a_number(values):
 
 
 def test_torch_generators_and_coroutines():
-    torch = pytest.importorskip("torch")
+    import torch
+
     assert reward(lambda prompts, completions: torch.tensor([1.0, 2, 3])).total.tolist() == [1, 2, 3]
 
     def each(prompts, completions):
@@ -92,7 +93,8 @@ def test_messages_are_passed_as_they_are():
 
 
 def test_none_is_left_out_of_the_sum_as_trl_does():
-    torch = pytest.importorskip("torch")
+    import torch
+
     values = np.array([[1.0, None, None], [2.0, 3.0, None], [None, -1.0, 0.5]])
     columns = values.T.tolist()
     weights = [0.5, 2.0, -1.0]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -328,15 +328,16 @@ def test_no_files_are_no_rows():
         list(read_rows([]))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is here")
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path):
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"a\.parquet: reading Parquet needs pyarrow: pip install 'ingot\[parquet\]'"):
         list(read_rows(tmp_path / "a.parquet"))
 
 
 def test_parquet_rows_equal_those_of_json_lines(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     columns = [{"prompt": [user("hi")], "completion": [assistant(f"ho {n}")]} for n in range(3000)]
