@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ingot.cli import main
@@ -101,7 +101,6 @@ categories = st.integers(0, 3)
 
 
 @given(st.lists(st.tuples(categories, categories), min_size=1, max_size=30))
-@settings(deadline=None)
 def test_cohens_kappa_against_its_twin(pairs):
     exact = oracle.cohen(pairs)
     assume(exact is not None)
@@ -110,7 +109,6 @@ def test_cohens_kappa_against_its_twin(pairs):
 
 
 @given(st.integers(2, 5).flatmap(lambda n: st.lists(st.lists(categories, min_size=n, max_size=n), min_size=1)))
-@settings(deadline=None)
 def test_fleiss_kappa_against_its_twin(cases):
     exact = oracle.fleiss(cases)
     assume(exact is not None)
@@ -121,7 +119,6 @@ def test_fleiss_kappa_against_its_twin(cases):
 @given(
     st.lists(st.lists(st.integers(-3, 5), max_size=5), max_size=12), st.sampled_from(["nominal", "ordinal", "interval"])
 )
-@settings(deadline=None)
 def test_alpha_against_its_twin(units, metric):
     exact = oracle.alpha(units, metric)
     alpha = krippendorff_alpha(units, metric)
@@ -132,7 +129,6 @@ def test_alpha_against_its_twin(units, metric):
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=6), st.data())
-@settings(deadline=None)
 def test_alpha_with_weights_is_alpha_of_repeated_units(units, data):
     weights = data.draw(st.lists(st.integers(0, 3), min_size=len(units), max_size=len(units)))
     repeated = [unit for unit, times in zip(units, weights, strict=True) for _ in range(times)]
@@ -145,7 +141,6 @@ def test_alpha_with_weights_is_alpha_of_repeated_units(units, data):
 
 
 @given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=4))
-@settings(deadline=None)
 def test_the_ordering_test_counts_arrangements(rankings):
     assert ordering_test(rankings).p_value == pytest.approx(float(oracle.ordering_p_value(rankings)), abs=1e-9)
 

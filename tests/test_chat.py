@@ -70,7 +70,6 @@ def dialogues(content):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@settings(deadline=None)
 @given(messages=dialogues(CONTENT))
 def test_the_ids_of_a_beginning_begin_the_ids_of_the_whole(name, messages):
     encoder = ENCODERS[name]
@@ -83,7 +82,6 @@ def test_the_ids_of_a_beginning_begin_the_ids_of_the_whole(name, messages):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@settings(deadline=None)
 @given(messages=dialogues(CONTENT))
 def test_a_prompt_with_the_header_of_the_answer_is_what_precedes_it_in_training(name, messages):
     encoder = ENCODERS[name]
@@ -99,7 +97,6 @@ def test_a_prompt_with_the_header_of_the_answer_is_what_precedes_it_in_training(
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@settings(deadline=None)
 @given(messages=dialogues(CONTENT))
 def test_the_trained_ids_are_the_assistants_texts_and_their_ends(name, messages):
     encoder = ENCODERS[name]
@@ -112,7 +109,6 @@ def test_the_trained_ids_are_the_assistants_texts_and_their_ends(name, messages)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@settings(deadline=None)
 @given(messages=dialogues(CONTENT))
 def test_no_content_gives_a_special_token(name, messages):
     encoder = ENCODERS[name]
@@ -336,7 +332,6 @@ def test_plain_text_is_trained_whole_or_after_its_prompt():
 # ---- growing a tokenizer
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_a_grown_tokenizer_gives_every_text_the_same_ids(text):
     assert GROWN.encode_ordinary(text) == BASE.encode_ordinary(text)

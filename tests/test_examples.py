@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ingot
@@ -122,7 +122,6 @@ def sequence(length, seed=0):
 LENGTHS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=4), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(LENGTHS)
 def test_every_token_but_the_last_of_a_sequence_has_a_target(lengths):
     groups = [[sequence(length, number) for length in group] for number, group in enumerate(lengths)]
@@ -149,7 +148,6 @@ def test_empty_and_single_tokens_have_no_target():
     assert (empty.tokens.shape, empty.offsets.tolist(), empty.num_targets) == ((0,), [0], 0)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 10), max_size=40), st.integers(10, 25))
 def test_bins_hold_every_item_once_and_are_well_filled(lengths, capacity):
     bins = best_fit_decreasing(lengths, capacity)
@@ -188,7 +186,6 @@ def examples_of(lengths):
     return Examples(rows, groups, len(rows), 0)
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5), st.integers(48, 80), st.integers(0, 3))
 def test_an_epoch_has_every_group_once_and_whole(lengths, batch_size, pack_length, seed):
     examples = examples_of(lengths)

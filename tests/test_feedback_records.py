@@ -414,7 +414,6 @@ ranks = st.integers(2, 6).flatmap(lambda size: st.lists(st.integers(1, size), mi
 
 
 @given(ranks)
-@settings(deadline=None)
 def test_preference_rows_hold_every_untied_pair_once_and_no_other(ranking):
     record = make(ranks=tuple(ranking), annotator="ann")
     rows = list(to_preferences([record]))
@@ -429,7 +428,6 @@ def test_preference_rows_hold_every_untied_pair_once_and_no_other(ranking):
 
 
 @given(st.lists(ranks, max_size=4))
-@settings(deadline=None)
 def test_ranked_lists_come_back_from_their_preference_rows(rankings):
     originals = [make(f"g{n % 2}", ranks=tuple(r), created=str(n)) for n, r in enumerate(rankings)]
     originals = [record for record in originals if len(set(record.ranks)) > 1]

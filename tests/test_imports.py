@@ -97,7 +97,6 @@ def test_transcripts_that_prefer_nothing_are_dropped_with_the_reason(imported, c
 WORDS = st.text(alphabet="ab:\n HumanAssistant", max_size=12).filter(lambda text: "\n\n" not in f"\n{text}\n")
 
 
-@settings(deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=5), WORDS, WORDS)
 def test_every_transcript_is_a_row_or_dropped_and_says_the_same(texts, chosen, rejected):
     turns = [(H if index % 2 == 0 else A, text) for index, text in enumerate(texts)]
