@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot import durable
+from ingot.data.files import json_line
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -33,7 +34,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> str | None:
     OSError
         They could not be written; the file is as it was.
     """
-    content = b"".join(map(_encode, rows))
+    content = b"".join(json_line(dict(row)) for row in rows)
     name = path.name
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,14 +86,6 @@ def _end_line(path: Path, descriptor: int) -> tuple[int, str | None]:
     durable.reached(f"{path.name}: torn line kept")
     os.ftruncate(descriptor, size - len(tail))
     return size - len(tail), torn(path, tail) + f"; it was moved to {aside}"
-
-
-def _encode(row: Mapping[str, Any]) -> bytes:
-    try:
-        return (json.dumps(dict(row), ensure_ascii=False) + "\n").encode("utf-8")
-    except UnicodeEncodeError:
-        # Halves of surrogate pairs, which no UTF-8 can hold, survive as escapes.
-        return (json.dumps(dict(row)) + "\n").encode("ascii")
 
 
 def is_row(line: bytes) -> bool:

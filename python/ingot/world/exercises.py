@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
-from ingot.world.grammar import CHUNK, KEY_MASK, Choices, Entity, tell_move
+from ingot.world.grammar import KEY_MASK, Choices, Entity, numbered_words, tell_move
 from ingot.world.questions import ask
 from ingot.world.vocabulary import PEOPLE, PERSON_VERBS, PLACES, THING_VERBS, THINGS
 
@@ -30,14 +28,8 @@ def exercises(seed: int, count: int | None = None, *, start: int = 0) -> Iterato
     Two to four people and things, each somewhere; then 8 to 15 sentences: someone or something moves (3 in 10), a question with its
     answer (2 in 10), or a reminder of where one of them is now. Exercise i depends on (seed, i) alone.
     """
-    index = start
-    while count is None or index < start + count:
-        chunk = index // CHUNK
-        generator = np.random.Philox(key=[seed & KEY_MASK, _STREAM], counter=[0, chunk, 0, 0])
-        words = generator.random_raw(CHUNK * _WORDS_PER_EXERCISE).reshape(CHUNK, -1).tolist()
-        while index // CHUNK == chunk and (count is None or index < start + count):
-            yield _write(Choices(words[index % CHUNK]))
-            index += 1
+    for words in numbered_words([seed & KEY_MASK, _STREAM], _WORDS_PER_EXERCISE, count, start):
+        yield _write(Choices(words))
 
 
 def _write(choices: Choices) -> str:

@@ -196,15 +196,22 @@ def stories(seed: int, split: Split, count: int | None = None, *, start: int = 0
 
     Story i depends on (seed, split, i) alone: not on Python's version, its hash seed, or the stories asked for before.
     """
+    key = [seed & KEY_MASK, _STREAMS[split]]
+    for words in numbered_words(key, _WORDS_PER_STORY, count, start):
+        yield _tell(words, split)
+
+
+def numbered_words(key: list[int], size: int, count: int | None, start: int) -> Iterator[list[int]]:
+    """``size`` random 64-bit words for each of the numbers ``start``, ``start + 1``, ...; those of a number depend on (key, number) alone."""
     stop = math.inf if count is None else start + count
     index = start
     while index < stop:
         chunk = index // CHUNK
         # A chunk has a counter block of its own; each counter of Philox gives four words.
-        generator = np.random.Philox(key=[seed & KEY_MASK, _STREAMS[split]], counter=[0, chunk, 0, 0])
-        words = generator.random_raw(CHUNK * _WORDS_PER_STORY).reshape(CHUNK, -1).tolist()
+        generator = np.random.Philox(key=key, counter=[0, chunk, 0, 0])
+        words = generator.random_raw(CHUNK * size).reshape(CHUNK, -1).tolist()
         while index < stop and index // CHUNK == chunk:
-            yield _tell(words[index % CHUNK], split)
+            yield words[index % CHUNK]
             index += 1
 
 
