@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from ingot.configs import TrainingConfig, parse_duration
 from ingot.durable import write_file
 from ingot.errors import ConfigError, RunError
 from ingot.models import Optimizer
+from ingot.training.alarms import Alarms, Rule
 from ingot.training.callbacks import Callback, RunView
 from ingot.training.card import versions, write_card
 from ingot.training.checkpoints import prune, read_optimizer, read_state, read_weights, write_checkpoint
@@ -195,6 +197,7 @@ class Trainer(Generic[ConfigT]):
         *,
         max_length: int,
         encoder: ChatEncoder | None = None,
+        rules: Sequence[Rule] = (),
     ) -> None:
         self.folder = folder
         self.config = config
@@ -209,6 +212,7 @@ class Trainer(Generic[ConfigT]):
         self.saved_step = state.step
         self.pace = Pace(cost, decisions, model, max_length, state.elapsed_s)
         self.stop = Interruption()
+        self.alarms = Alarms(rules, folder.metrics.read() if rules else ())
 
     def result(self) -> TrainingResult:
         """What the run has come to."""
@@ -275,9 +279,14 @@ class Trainer(Generic[ConfigT]):
         self.notify(lambda callback, view: callback.on_log(view, metrics))
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Append to metrics.jsonl."""
+        """Append to metrics.jsonl, and raise the alarms that begin with this line."""
         self.guarded(lambda: self.folder.metrics.append(metrics))
         self.state.metrics_lines += 1
+        for name, message in self.alarms.check(metrics):
+            self.display.say(f"alarm     {name}: {message}")
+            line = {"step": self.state.step, "alarm": name, "message": message}
+            self.guarded(functools.partial(self.folder.metrics.append, line))
+            self.state.metrics_lines += 1
 
     def record_sample(self, **fields: Any) -> None:
         """Append to samples.jsonl."""
