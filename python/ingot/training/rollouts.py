@@ -322,6 +322,16 @@ class Rollouts:
             },
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """Several rollouts of one policy as one, in this order."""
+        names = ("tokens", "targets", "logprobs", "entropy", "episode_ids", "group_ids", "prompt_lengths", "truncated")
+        return dataclasses.replace(
+            parts[0],
+            offsets=_offsets(np.concatenate([np.diff(part.offsets) for part in parts])),
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+        )
+
     def metrics(self) -> dict[str, float]:
         """Lengths, in actions, and how episodes ended; names as in TRL's GRPO and PPO."""
         lengths, ended = self.num_actions, ~self.truncated
@@ -485,19 +495,30 @@ def recompute_logprobs(model: Model, rollouts: Rollouts, *, max_tokens: int = _P
 
     ``max_tokens`` bounds the tokens of a pass; it changes memory, not the result.
     """
-    logprobs = np.zeros(len(rollouts.tokens), np.float32)
+    return recompute(model, rollouts, ("logprobs",), max_tokens=max_tokens)["logprobs"]
+
+
+def recompute(
+    model: Model, rollouts: Rollouts, want: Collection[str], *, max_tokens: int = _PACK_TOKENS
+) -> dict[str, FloatArray]:
+    """Outputs of the forward pass of training at each action, f32 [N] each: ``logprobs``, ``entropy``, ``values`` (of one head)."""
+    found = {name: np.zeros(len(rollouts.tokens), np.float32) for name in want}
+    # Values alone need no logits.
+    targets = rollouts.targets if set(want) - {"values"} else np.full_like(rollouts.targets, -1)
     for episodes, rows in packs(rollouts, max_tokens):
-        offsets = rollouts.offsets[episodes.start : episodes.stop + 1] - rollouts.offsets[episodes.start]
         _, out = model.forward(
             rollouts.tokens[rows],
-            offsets,
-            rollouts.targets[rows],
+            rollouts.offsets[episodes.start : episodes.stop + 1] - rollouts.offsets[episodes.start],
+            targets[rows],
+            want=want,
+            value_rows=rollouts.mask[rows] if "values" in want else None,
             temperature=rollouts.temperature,
             banned_ids=rollouts.banned_ids,
             train=False,
         )
-        logprobs[rows] = out.logprobs
-    return logprobs
+        for name, values in found.items():
+            values[rows] = out.arrays[name]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
