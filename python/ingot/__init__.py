@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
+    from ingot.inference.scoring import RewardModel
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.tokenizer import Tokenizer
     from ingot.training.pretrain import PretrainResult, pretrain
@@ -31,6 +32,7 @@ _HOMES = {
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
+    "ingot.inference.scoring": ("RewardModel",),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.tokenizer": ("Tokenizer",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
@@ -54,6 +56,7 @@ __all__ = [
     "ParameterGroup",
     "PretrainConfig",
     "PretrainResult",
+    "RewardModel",
     "RunError",
     "SFTConfig",
     "Sampling",
