@@ -90,7 +90,14 @@ class PPOConfig(OnlineConfig):
         )
         for name in ("vf_coef", "ent_coef", "kl_coef", "ptx_coef"):
             require(getattr(self, name) >= 0.0, f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("cliprange_value", "kl_target", "kl_horizon", "target_kl", "sampling_ratio_cap", "critic_learning_rate"):
+        for name in (
+            "cliprange_value",
+            "kl_target",
+            "kl_horizon",
+            "target_kl",
+            "sampling_ratio_cap",
+            "critic_learning_rate",
+        ):
             value = getattr(self, name)
             require(value is None or value > 0.0, f"{name} must be above 0, got {value}")
         require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 
@@ -65,9 +66,7 @@ class Experience:
     def select(self, numbers: Sequence[int] | LongArray) -> Experience:
         """These episodes, in this order."""
         at = np.asarray(numbers, np.int64)
-        rows = np.concatenate(
-            [np.arange(self.rollouts.offsets[n], self.rollouts.offsets[n + 1]) for n in at] or [np.empty(0, np.int64)]
-        )
+        rows = self.rollouts.rows_of(at)
         return dataclasses.replace(
             self,
             rollouts=self.rollouts.select(at),
@@ -102,6 +101,7 @@ class Experience:
         distinct, repeated = bigrams(rollouts)
         return {
             **self.scores.metrics(),
+            "val/num_episodes": float(len(self)),
             "objective/kl": float(self.kl.mean()),
             "objective/kl_k3": float(self._kl("k3").mean()),
             "objective/entropy": float(sum_by_sequence(rollouts.entropy, rollouts.targets, rollouts.offsets).mean()),
@@ -185,7 +185,7 @@ def bigrams(rollouts: Rollouts) -> tuple[float, float]:
     total = repeated = 0
     for number in range(len(rollouts)):
         ids = rollouts.completion_ids(number).tolist()
-        pairs = list(zip(ids, ids[1:], strict=False))
+        pairs = list(itertools.pairwise(ids))
         own = set(pairs)
         seen |= own
         total += len(pairs)

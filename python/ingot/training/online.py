@@ -84,7 +84,9 @@ class OnlineTrainer(Trainer[OnlineT]):
         limit = None if batches is None else batches * config.per_device_train_batch_size
         self.held_out = setup.prompts.held_out_sample(limit)
         self.before = {
-            line["prompt"]: line["completion"] for line in folder.samples.read() if line["step"] == 0 and "prompt" in line
+            line["prompt"]: line["completion"]
+            for line in folder.samples.read()
+            if line["step"] == 0 and "prompt" in line
         }
         """What the model answered at the start, by prompt."""
         self._figures: tuple[str, ...] = ()
@@ -142,9 +144,7 @@ class OnlineTrainer(Trainer[OnlineT]):
             yield
         except RewardError as error:
             self.save(required=False)
-            raise RunError(
-                f"{error}; {self.last_checkpoint()}; mend it, then: {resume_command(self.folder)}"
-            ) from None
+            raise RunError(f"{error}; {self.last_checkpoint()}; mend it, then: {resume_command(self.folder)}") from None
 
     # ---- updates
 
@@ -183,7 +183,14 @@ class OnlineTrainer(Trainer[OnlineT]):
         self.count(loss, StepInfo(grad_norm, skipped), int(experience.rollouts.num_actions.sum()), began)
         if self.due(self.config.logging_steps):
             passes = draw.position / len(self.setup.prompts.train)
-            self.log(passes, grad_norm, rate, episode=draw.episode, **found, **_times(experience.seconds, took_s, len(experience)))
+            self.log(
+                passes,
+                grad_norm,
+                rate,
+                episode=draw.episode,
+                **found,
+                **_times(experience.seconds, took_s, len(experience)),
+            )
 
     def status(self, loss: float | None) -> Status:
         """Score and KL instead of a loss."""
@@ -319,15 +326,14 @@ class OnlineTrainer(Trainer[OnlineT]):
         return f"the best {what} on held-out prompts ({-loss:.4f})"
 
 
-def compare(
-    first: Mapping[str, Any], best: Mapping[str, Any], step: int, watched: Sequence[str]
-) -> Verdict:
+def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watched: Sequence[str]) -> Verdict:
     """Held-out answers of two policies to the same prompts, in words.
 
     It passes where what counts (gold where it is known, else the judge, else the proxy) has risen beyond chance (95 % of the paired
     differences' mean), answers end as often as before (not more than 5 points less), and are at least half as diverse.
     """
-    sentences, figures = [], {"step": step}
+    sentences: list[str] = []
+    figures: dict[str, float] = {"step": step}
     names = {"score": "proxy (trained against)", "judge": "judge (not trained against)", "gold": "gold"}
     risen: dict[str, bool] = {}
     for name in watched:
@@ -338,9 +344,17 @@ def compare(
             f"{names[name]} went from {before:.3f} to {after:.3f} on {len(best['each'][name])} held-out prompts "
             f"(change {change:+.3f} ± {margin:.3f})"
         )
-        figures |= {f"{name}_before": before, f"{name}_after": after, f"{name}_change": change, f"{name}_margin": margin}
+        figures |= {
+            f"{name}_before": before,
+            f"{name}_after": after,
+            f"{name}_change": change,
+            f"{name}_margin": margin,
+        }
     for name, words in (("kl", "KL {0:.2f} nats an answer"), ("eos_rate", ""), ("mean_length", ""), ("distinct_2", "")):
-        figures |= {f"{name}_before": first["figures"][f"eval_{name}"], f"{name}_after": best["figures"][f"eval_{name}"]}
+        figures |= {
+            f"{name}_before": first["figures"][f"eval_{name}"],
+            f"{name}_after": best["figures"][f"eval_{name}"],
+        }
         if words:
             sentences.append(words.format(figures[f"{name}_after"]))
     sentences.append(
@@ -394,7 +408,9 @@ def _in_words(found: Mapping[str, float]) -> str:
         ("eval_eos_rate", "ended", lambda share: f"{100 * share:.0f} %"),
         ("eval_mean_length", "length", "{:.1f}".format),
     )
-    return "held out: " + "  ".join(f"{words} {form(found[name])}" for name, words, form in shown_names if name in found)
+    return "held out: " + "  ".join(
+        f"{words} {form(found[name])}" for name, words, form in shown_names if name in found
+    )
 
 
 def _times(seconds: Mapping[str, float], took_s: float, num_episodes: int) -> dict[str, float]:

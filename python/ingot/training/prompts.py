@@ -117,7 +117,11 @@ def load_prompts(
                 ids = encoder.encode(row.prompt)
             except DataError as error:
                 raise RowError(
-                    f"cannot be encoded: {error}", "change it or remove the row", field="prompt", file=name, row=row.number
+                    f"cannot be encoded: {error}",
+                    "change it or remove the row",
+                    field="prompt",
+                    file=name,
+                    row=row.number,
                 ) from None
             if len(ids) <= longest:
                 prompts.append(Prompt(row.prompt, ids, row.extra))
@@ -133,7 +137,9 @@ def load_prompts(
             "the model's context leaves beside the longest answer: shorten the answers or the prompts"
         )
     if num_too_long:
-        display.say(f"{named}: {num_too_long:,} of {num_rows:,} prompts are longer than {longest} tokens and left out whole")
+        display.say(
+            f"{named}: {num_too_long:,} of {num_rows:,} prompts are longer than {longest} tokens and left out whole"
+        )
     sides = [split_side(prompt.content, held_out) if held_out else "train" for prompt in prompts]
     if held_out and len(set(sides)) < 2:
         different = len({tuple(prompt_key(prompt.content)) for prompt in prompts})
@@ -142,7 +148,8 @@ def load_prompts(
             "give more prompts, or --held-out 0"
         )
     train, kept = (
-        tuple(prompt for prompt, found in zip(prompts, sides, strict=True) if found == side) for side in ("train", "held_out")
+        tuple(prompt for prompt, found in zip(prompts, sides, strict=True) if found == side)
+        for side in ("train", "held_out")
     )
     rule = f"{len(kept):,} of {len(prompts):,} prompts are held out, chosen by a hash of their text"
     facts = {

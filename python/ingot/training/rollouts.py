@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -306,15 +306,20 @@ class Rollouts:
         """An episode's actions, the end token included."""
         return self.tokens[self.offsets[number] + self.prompt_lengths[number] : self.offsets[number + 1]]
 
-    def select(self, numbers: Sequence[int] | LongArray) -> Rollouts:
-        """These episodes, in this order: a minibatch."""
+    def rows_of(self, numbers: Sequence[int] | LongArray) -> LongArray:
+        """Where the tokens of these episodes lie, in this order, i64."""
         chosen = np.asarray(numbers, np.int64)
         low, lengths = self.offsets[:-1][chosen], np.diff(self.offsets)[chosen]
         offsets = _offsets(lengths)
-        rows = np.arange(int(offsets[-1])) + np.repeat(low - offsets[:-1], lengths)
+        return np.asarray(np.arange(int(offsets[-1])) + np.repeat(low - offsets[:-1], lengths), np.int64)
+
+    def select(self, numbers: Sequence[int] | LongArray) -> Rollouts:
+        """These episodes, in this order: a minibatch."""
+        chosen = np.asarray(numbers, np.int64)
+        rows = self.rows_of(chosen)
         return dataclasses.replace(
             self,
-            offsets=offsets,
+            offsets=_offsets(np.diff(self.offsets)[chosen]),
             **{name: getattr(self, name)[rows] for name in ("tokens", "targets", "logprobs", "entropy")},
             **{
                 name: getattr(self, name)[chosen]
@@ -326,10 +331,9 @@ class Rollouts:
     def join(cls, parts: Sequence[Rollouts]) -> Rollouts:
         """Several rollouts of one policy as one, in this order."""
         names = ("tokens", "targets", "logprobs", "entropy", "episode_ids", "group_ids", "prompt_lengths", "truncated")
+        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         return dataclasses.replace(
-            parts[0],
-            offsets=_offsets(np.concatenate([np.diff(part.offsets) for part in parts])),
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+            parts[0], offsets=_offsets(np.concatenate([np.diff(part.offsets) for part in parts])), **joined
         )
 
     def metrics(self) -> dict[str, float]:

@@ -95,7 +95,9 @@ def prepare(
         )
     encoder = PromptEncoder(config.model, tokenizer)
     if not encoder.end_ids:
-        raise ConfigError(f"{config.model}: its tokenizer has no token that ends an answer: fine-tune it with ingot sft")
+        raise ConfigError(
+            f"{config.model}: its tokenizer has no token that ends an answer: fine-tune it with ingot sft"
+        )
     # Rewards are checked before anything slow: they are what people write themselves.
     scorers = Scorers(config, encoder, given.rewards, given.gold)
     context = saved.config.max_position_embeddings

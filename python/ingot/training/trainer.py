@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from ingot.data.chat import ChatEncoder
     from ingot.models.base import Model, StepInfo
     from ingot.models.base import Optimizer as OptimizerProtocol
+    from ingot.tokenizer import Tokenizer
     from ingot.training.checkpoints import Savable
     from ingot.training.progress import Status
-    from ingot.tokenizer import Tokenizer
 
 _MAX_SKIPPED_IN_ROW = 10
 
