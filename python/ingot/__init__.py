@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, ModelConfig, PPOConfig, PretrainConfig, SFTConfig
+    from ingot.configs import Architecture, GRPOConfig, ModelConfig, PPOConfig, PretrainConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ingot.inference.scoring import RewardModel
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.tokenizer import Tokenizer
+    from ingot.training.grpo import grpo
     from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "ModelConfig", "PPOConfig", "PretrainConfig", "SFTConfig"),
+    "ingot.configs": ("Architecture", "GRPOConfig", "ModelConfig", "PPOConfig", "PretrainConfig", "SFTConfig"),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
@@ -36,6 +37,7 @@ _HOMES = {
     "ingot.inference.scoring": ("RewardModel",),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.grpo": ("grpo",),
     "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
@@ -51,6 +53,7 @@ __all__ = [
     "ConfigError",
     "Corpus",
     "DataError",
+    "GRPOConfig",
     "IngotError",
     "Model",
     "ModelConfig",
@@ -69,6 +72,7 @@ __all__ = [
     "build_info",
     "evaluate",
     "generate",
+    "grpo",
     "load_model",
     "ppo",
     "pretrain",

@@ -47,6 +47,9 @@ COMMANDS: dict[str, Entry] = {
     "pretrain": Entry("pretrain", "Pretrain", "train a network to predict the next token of raw text"),
     "sft": Entry("sft", "SFT", "fine-tune a model on demonstrations, so that it answers"),
     "ppo": Entry("ppo", "PPO", "train a model on rewards of its own answers, with a critic"),
+    "grpo": Entry(
+        "grpo", "GRPO", "train a model on rewards of its own answers, several to each prompt, without a critic"
+    ),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
     "sample": Entry("sample", "Sample", "several responses to each of many prompts, to be ranked or scored"),

@@ -22,6 +22,8 @@ _INTRODUCTIONS = {
     "nothing was done to make what it says true or harmless.",
     "ppo": "A language model trained with `ingot ppo` to give answers that a reward likes. It is as good as that reward: "
     "what the reward does not see, nothing was done about.",
+    "grpo": "A language model trained with `ingot grpo` to give answers that a reward likes, compared with others to the same prompt. "
+    "It is as good as that reward: what the reward does not see, nothing was done about.",
 }
 
 
