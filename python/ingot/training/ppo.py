@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ingot.configs import PPOConfig
-from ingot.data.batches import Cursor, Order, mix
+from ingot.data.batches import Cursor, mix
 from ingot.losses.advantages import generalized_advantages, token_rewards, whiten
 from ingot.losses.kl import AdaptiveKLController, FixedKLController, KLController, kl_loss
 from ingot.losses.numerics import Float64, Floats, Metrics, f64
@@ -263,8 +263,8 @@ def learn(
     steps: list[Metrics] = []
     infos: list[StepInfo] = []
     for epoch in range(config.num_ppo_epochs):
-        order = Order(len(rollouts), mix(config.seed, _MINIBATCH_STREAM, step), epoch)
-        shuffled = np.array([order[index] for index in range(len(rollouts))])
+        draws = np.random.Philox(key=mix(config.seed, _MINIBATCH_STREAM, step, epoch)).random_raw(len(rollouts))
+        shuffled = np.argsort(draws, kind="stable")
         for numbers in np.array_split(shuffled, config.num_mini_batches):
             rows = rollouts.rows_of(numbers)
             batch = _Minibatch(
