@@ -11,7 +11,7 @@ from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
 from ingot.configs import GRPOConfig, load_toml
 from ingot.errors import ConfigError, DataError
 
-_GROUPS = ((*LENGTHS, "total_episodes"),)
+_GROUPS = ((*LENGTHS, "total_episodes"), ("reward",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

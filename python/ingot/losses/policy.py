@@ -238,7 +238,7 @@ def grpo_loss(
     logprobs, old_logprobs
         [N].
     advantages
-        [S], or [N] where they differ by token; constants.
+        [S], or [N] where they differ by token (one for each token is taken as [S] where S = N); constants.
     targets, offsets
         The pack.
     num_sequences, num_tokens
@@ -275,9 +275,9 @@ def grpo_loss(
         _check_clipping(epsilon, high_bound, delta)
 
     num, ids = len(offsets) - 1, sequence_ids(offsets)
-    if np.shape(advantages) != targets.shape:
-        require_shape((num,), advantages=advantages)
+    if np.shape(advantages) == (num,):
         advantages = f64(advantages)[ids]
+    require_shape(targets.shape, advantages=advantages)
     by_sequence = importance_sampling_level == "sequence"
     keep, dropped = usable(targets, logprobs, old_logprobs, advantages, ref_logprobs)
     if by_sequence:  # a ratio over a part of the response would be another one
