@@ -255,6 +255,36 @@ def test_resampling_fills_the_update_with_other_prompts(place):
     assert updates(plenty)[0]["val/num_episodes"] == updates(plenty)[0]["val/num_trained"] == 16
 
 
+def test_groups_of_several_draws_are_not_mixed_and_no_more_are_taken_than_wanted(place):
+    draws = 0
+
+    def by_draw(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        """All the same in a draw, but not the same in the next one."""
+        nonlocal draws
+        draws += 1
+        return [float(draws)] * len(completions)
+
+    config = config_at(place, reward=(), zero_std_groups="resample", max_steps=1, held_out=0.0)
+    (line,) = updates(phase.grpo(config, rewards=(by_draw,), quiet=True))
+    assert (line["frac_reward_zero_std"], line["val/num_trained"], line["val/num_episodes"]) == (1.0, 0, 64)
+
+    def three_of_four(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        return [0.0] * 4 + [float(number % 2) for number in range(len(completions) - 4)]
+
+    (line,) = updates(
+        phase.grpo(dataclasses.replace(config, output=str(place / "b")), rewards=(three_of_four,), quiet=True)
+    )
+    # One group is missing and three of four teach something: two more are drawn, one of which does.
+    assert (line["val/num_episodes"], line["val/num_trained"]) == (24, 16)
+
+    def then_all(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        silent = 4 if len(completions) == 16 else 0
+        return [0.0] * silent + [float(number % 2) for number in range(len(completions) - silent)]
+
+    (line,) = updates(phase.grpo(dataclasses.replace(config, output=str(place / "c")), rewards=(then_all,), quiet=True))
+    assert (line["val/num_episodes"], line["val/num_trained"]) == (24, 16)
+
+
 def test_without_any_signal_there_is_an_alarm_and_nothing_is_lost(place, capsys):
     base = ingot.load_model(place / "base").state()
     for treatment in ("keep", "drop", "resample"):
@@ -317,6 +347,10 @@ def test_overlong_answers_lose_more_and_more(place):
     expected = experience.scores.total - np.clip((experience.rollouts.num_actions - 2) / 2, 0, 1)
     np.testing.assert_array_equal(punished.scores.total, expected)
     assert expected.min() <= -1 + 1e-12
+    constant = dataclasses.replace(config, reward=(f"{place / 'rewards.py'}:constant",))
+    for line in phase.grpo(constant, quiet=True).history:
+        score = line.get("eval_score", line.get("reward", -0.5))
+        assert score == pytest.approx(-0.5, abs=0.1), "held-out answers are scored as those of training are"
 
 
 def test_right_and_wrong_answers(place):
