@@ -106,13 +106,11 @@ def score_on_the_first_token(monkeypatch):
     return {}
 
 
-# Measured (reward, KL): 7.98, 16.5; 4.69, 16.5; 2.96, 2.21; 1.38, .51.
+# Measured objectives: -.27, -3.58, 1.86, 1.13; the window begins at 2.22.
 @pytest.mark.parametrize("fault", [no_kl, flipped_kl, shifted_logprobs, score_on_the_first_token])
 def test_faults_miss_the_optimum(tmp_path, monkeypatch, fault):
     lines = train(tmp_path / "run", monkeypatch, **fault(monkeypatch))
-    found = window(lines)
-    assert not found["objective"]
-    assert not found["reward"] or not found["kl"]
+    assert not window(lines)["objective"]
 
 
 # ---- a reward model that cannot know better

@@ -7,6 +7,7 @@ A phase is a subclass with its own ``loop`` and ``train_step``. All that it chan
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,9 +194,9 @@ class OnlineTrainer(Trainer[OnlineT]):
             )
 
     def status(self, loss: float | None) -> Status:
-        """Score and KL instead of a loss."""
+        """Score and KL instead of a loss. Of the peak nothing is said: an update passes over its tokens several times."""
         status = self.pace.status(self.state.step, loss, None)
-        return Status(**{**vars(status), "figures": self._figures})
+        return dataclasses.replace(status, figures=self._figures, share_of_peak=None)
 
     # ---- measuring
 
