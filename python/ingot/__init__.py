@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, ModelConfig, PretrainConfig, SFTConfig
+    from ingot.configs import Architecture, ModelConfig, PretrainConfig, RewardConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ingot.tokenizer import Tokenizer
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
+    from ingot.training.reward_model import train_reward_model
     from ingot.training.sft import sft
     from ingot.training.trainer import TrainingResult
 
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "ModelConfig", "PretrainConfig", "SFTConfig"),
+    "ingot.configs": ("Architecture", "ModelConfig", "PretrainConfig", "RewardConfig", "SFTConfig"),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
@@ -37,6 +38,7 @@ _HOMES = {
     "ingot.tokenizer": ("Tokenizer",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
+    "ingot.training.reward_model": ("train_reward_model",),
     "ingot.training.sft": ("sft",),
     "ingot.training.trainer": ("TrainingResult",),
 }
@@ -56,6 +58,7 @@ __all__ = [
     "ParameterGroup",
     "PretrainConfig",
     "PretrainResult",
+    "RewardConfig",
     "RewardModel",
     "RunError",
     "SFTConfig",
@@ -71,6 +74,7 @@ __all__ = [
     "resume",
     "sft",
     "stream",
+    "train_reward_model",
 ]
 
 

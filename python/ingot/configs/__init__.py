@@ -7,6 +7,7 @@ This package stays light (no numpy, no native code), so that ``ingot --help`` an
 from ingot.configs.checks import check_keys, load_recipe, load_toml, parse_duration, recipe_names, require
 from ingot.configs.model import Activation, Architecture, AttentionBias, ModelConfig, Norm, Position
 from ingot.configs.pretrain import PretrainConfig
+from ingot.configs.reward import RewardConfig
 from ingot.configs.sft import SFTConfig
 from ingot.configs.training import Backend, Level, TrainingConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "Norm",
     "Position",
     "PretrainConfig",
+    "RewardConfig",
     "SFTConfig",
     "TrainingConfig",
     "check_keys",

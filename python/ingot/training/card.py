@@ -20,7 +20,10 @@ _INTRODUCTIONS = {
     "pretrain": "A language model trained with `ingot pretrain`. It continues text; it was taught nothing about what is true or wanted.",
     "sft": "A language model fine-tuned on demonstrations with `ingot sft`. It answers in the manner of its examples; "
     "nothing was done to make what it says true or harmless.",
+    "reward": "A reward model trained on people's rankings with `ingot reward`: it scores answers, higher for those that its judges would "
+    "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
 }
+_PIPELINES = {"reward": "text-classification"}
 
 
 def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, float | None], num_parameters: int) -> str:
@@ -67,7 +70,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
         [
             "---",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {_PIPELINES.get(facts['kind'], 'text-generation')}",
             "tags:",
             "- ingot",
             "---",
@@ -76,7 +79,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
             _INTRODUCTIONS[facts["kind"]],
             "",
-            "| losses, nats per token | |",
+            "| losses, nats per judgement | |" if facts["kind"] == "reward" else "| losses, nats per token | |",
             "|---|---|",
             *measured,
             "",
