@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ingot.configs import Architecture, ModelConfig, PretrainConfig, RewardConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
+    from ingot.inference.compare import compare_models
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
     from ingot.inference.scoring import RewardModel
@@ -31,6 +32,7 @@ _HOMES = {
     "ingot.configs": ("Architecture", "ModelConfig", "PretrainConfig", "RewardConfig", "SFTConfig"),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
+    "ingot.inference.compare": ("compare_models",),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.inference.scoring": ("RewardModel",),
@@ -67,6 +69,7 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "build_info",
+    "compare_models",
     "evaluate",
     "generate",
     "load_model",
