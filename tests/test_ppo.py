@@ -326,6 +326,30 @@ def test_a_failed_model_or_reward_model_stops_it_unless_forced(root, tmp_path):
         ingot.ppo(plain(root, tmp_path / "other", model=str(tmp_path / "base")), rewards=[vowels], quiet=True)
 
 
+def test_the_best_of_n_must_please_somebody_else(root, tmp_path, capsys):
+    def likes_length(prompts: Any, completions: Any) -> list[float]:
+        return [float(len(one[0]["content"])) for one in completions]
+
+    def likes_brevity(prompts: Any, completions: Any) -> list[float]:
+        return [-each for each in likes_length(prompts, completions)]
+
+    config = plain(root, tmp_path / "run", gate_answers=4, held_out=0.5, max_steps=1)
+    with pytest.raises(
+        RunError, match=r"best of 4 did not pass: Of 4 answers to each of \d+ prompts.*\(--force goes on"
+    ) as caught:
+        ingot.ppo(config, rewards=[likes_length], gold=likes_brevity, quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    forced = ingot.ppo(dataclasses.replace(config, force=True), rewards=[likes_length], gold=likes_brevity)
+    assert "gate      did not pass, going on by force" in capsys.readouterr().out
+    assert json.loads((forced.output / "run.json").read_bytes())["gate"]["passed"] is False
+    agreeing = dataclasses.replace(config, output=str(tmp_path / "other"))
+    ingot.ppo(agreeing, rewards=[likes_length], gold=lambda completions, **_: likes_length([], completions))
+    assert "gate      passed: Of 4 answers" in capsys.readouterr().out
+    ingot.ppo(dataclasses.replace(config, output=str(tmp_path / "third")), rewards=[likes_length])
+    assert "gate      nobody but the reward will judge this run" in capsys.readouterr().out
+
+
 # ---- bad input
 
 
@@ -399,7 +423,7 @@ def test_other_bad_input_is_one_clear_line(root, tmp_path):
         ({"reward": (f"{root / 'reward.py'}:leters",)}, "did you mean 'letters'"),
         (
             {"judge": str(root / "rm"), "reward_model": str(root / "rm")},
-            "is what is trained against, so that it judges nothing",
+            "is the judge and the reward: it would approve of itself",
         ),
         ({"prompts": ()}, "no prompts to answer: give --prompts"),
         (
