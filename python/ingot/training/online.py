@@ -430,14 +430,14 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
     if not risen[counts]:
         others = [name for name in watched if name != counts and risen[name]]
         advice.append(
-            f"the {counts} did not rise although the proxy did: the reward is being gamed; take a larger --kl-coef, a better reward model, or stop earlier"
+            f"the {counts} did not rise although the proxy did: the reward is being gamed; give the KL more weight, take a better reward model, or stop earlier"
             if others
             else f"the {_LABELS[counts]} did not rise: train longer or with a higher --learning-rate, and look at whether best of n gains anything"
         )
     if not ends:
         advice.append("answers end less often: raise --missing-eos-penalty or the answers' length")
     if not diverse:
-        advice.append("answers became alike: raise --kl-coef or lower --learning-rate")
+        advice.append("answers became alike: give the KL more weight or lower --learning-rate")
     return Verdict(
         passed=risen[counts] and ends and diverse,
         sentences=tuple(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences),
