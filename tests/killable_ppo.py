@@ -64,7 +64,7 @@ def write_inputs(root: Path) -> None:
     write_reward_model(root / "rm")
     write_reward_model(root / "judge", seed=5)
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompt_rows()))
-    (root / "text.txt").write_text(" ".join(f"{n} and {n + 1}" for n in range(300)))
+    (root / "text.txt").write_text("|".join(f"{n} and {n + 1}" for n in range(300)))
     (root / "reward.py").write_text(
         "def letters(completions, wanted, **_):\n"
         "    return [c[0]['content'].count(w) / 2 for c, w in zip(completions, wanted)]\n"
@@ -83,6 +83,7 @@ def settings(root: Path, folder: Path, **changes: Any) -> PPOConfig:
         reward_weights=(0.5, 1.0),
         judge=str(root / "judge"),
         gold=f"{root / 'reward.py'}:gold",
+        gate_answers=0,
         output=str(folder),
         response_length=6,
         per_device_train_batch_size=6,
@@ -94,6 +95,7 @@ def settings(root: Path, folder: Path, **changes: Any) -> PPOConfig:
         ent_coef=0.01,
         lam=0.95,
         ptx_data=(str(root / "text.txt"),),
+        separator="|",
         ptx_batch_size=2,
         ptx_length=16,
         ptx_coef=0.1,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, GRPOConfig, ModelConfig, PPOConfig, PretrainConfig, SFTConfig
+    from ingot.configs import Architecture, GRPOConfig, ModelConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
+    from ingot.inference.compare import compare_models
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
     from ingot.inference.scoring import RewardModel
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
+    from ingot.training.reward_model import train_reward_model
     from ingot.training.sft import sft
     from ingot.training.trainer import TrainingResult
 
@@ -29,9 +31,18 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "GRPOConfig", "ModelConfig", "PPOConfig", "PretrainConfig", "SFTConfig"),
+    "ingot.configs": (
+        "Architecture",
+        "GRPOConfig",
+        "ModelConfig",
+        "PPOConfig",
+        "PretrainConfig",
+        "RewardConfig",
+        "SFTConfig",
+    ),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
+    "ingot.inference.compare": ("compare_models",),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.inference.scoring": ("RewardModel",),
@@ -41,6 +52,7 @@ _HOMES = {
     "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
+    "ingot.training.reward_model": ("train_reward_model",),
     "ingot.training.sft": ("sft",),
     "ingot.training.trainer": ("TrainingResult",),
 }
@@ -62,6 +74,7 @@ __all__ = [
     "ParameterGroup",
     "PretrainConfig",
     "PretrainResult",
+    "RewardConfig",
     "RewardModel",
     "RunError",
     "SFTConfig",
@@ -70,6 +83,7 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "build_info",
+    "compare_models",
     "evaluate",
     "generate",
     "grpo",
@@ -79,6 +93,7 @@ __all__ = [
     "resume",
     "sft",
     "stream",
+    "train_reward_model",
 ]
 
 

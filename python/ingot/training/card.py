@@ -20,11 +20,14 @@ _INTRODUCTIONS = {
     "pretrain": "A language model trained with `ingot pretrain`. It continues text; it was taught nothing about what is true or wanted.",
     "sft": "A language model fine-tuned on demonstrations with `ingot sft`. It answers in the manner of its examples; "
     "nothing was done to make what it says true or harmless.",
+    "reward": "A reward model trained on people's rankings with `ingot reward`: it scores answers, higher for those that its judges would "
+    "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
     "ppo": "A language model trained with `ingot ppo` to give answers that a reward likes. It is as good as that reward: "
     "what the reward does not see, nothing was done about.",
     "grpo": "A language model trained with `ingot grpo` to give answers that a reward likes, compared with others to the same prompt. "
     "It is as good as that reward: what the reward does not see, nothing was done about.",
 }
+_PIPELINES = {"reward": "text-classification"}
 
 
 def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, float | None], num_parameters: int) -> str:
@@ -83,7 +86,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
         [
             "---",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {_PIPELINES.get(facts['kind'], 'text-generation')}",
             "tags:",
             "- ingot",
             "---",
@@ -92,7 +95,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
             _INTRODUCTIONS[facts["kind"]],
             "",
-            "| rewards |  |" if "prompts_hash" in data else "| losses, nats per token | |",
+            _heading(facts),
             "|---|---|",
             *measured,
             "",
@@ -108,3 +111,10 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
         ]
     )
+
+
+def _heading(facts: Mapping[str, Any]) -> str:
+    """Of the table of what was measured."""
+    if "prompts_hash" in facts["data"]:
+        return "| measured on held-out prompts | |"
+    return "| losses, nats per judgement | |" if facts["kind"] == "reward" else "| losses, nats per token | |"

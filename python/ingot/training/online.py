@@ -25,6 +25,7 @@ from ingot.training.callbacks import Callback
 from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions
 from ingot.training.experience import Draw, Experience, gather, shown
+from ingot.training.gates import best_of_n, gate_verdict
 from ingot.training.progress import Display, Status
 from ingot.training.report import Series, draw_chart
 from ingot.training.rewards import RewardError
@@ -37,8 +38,17 @@ from ingot.training.verdicts import Verdict, write_verdict
 OnlineT = TypeVar("OnlineT", bound=OnlineConfig)
 
 _HELD_OUT_STREAM = 7
+_GATE_STREAM = 8
+_GATE_PROMPTS = 64
 _SIGN_OF_LIFE_S = 0.2
 _WATCHED = ("score", "judge", "gold")
+_LABELS = {
+    "score": "proxy (trained against)",
+    "judge": "judge (not trained against)",
+    "gold": "gold",
+    "kl": "KL to the start, nats an answer",
+    "eos_rate": "share of answers that end",
+}
 
 
 class Stopped(Exception):
@@ -321,10 +331,61 @@ class OnlineTrainer(Trainer[OnlineT]):
         title = f"{self.folder.path.name}: rewards"
         return draw_chart([one for one in series if one.points], title, "update", "mean reward of an answer").encode()
 
+    def card(self, losses: dict[str, float | None], step: int) -> str:
+        """Text of README.md: what was measured of the exported weights, and before."""
+        table: dict[str, float | None] = {}
+        for key, when in (("first", "before"), ("best", "after")):
+            figures = self.state.extra.get(key, {}).get("figures", {})
+            for name in ("score", "judge", "gold", "kl", "eos_rate"):
+                table[f"{_LABELS[name]}, {when}"] = figures.get(f"eval_{name}")
+        return super().card(table, step)
+
     def best_in_words(self, loss: float) -> str:
         """By what the exported weights are the best."""
         what = {"objective": "reward less KL", "judge": "score by the judge", "gold": "gold score"}[self.export_by]
         return f"the best {what} on held-out prompts ({-loss:.4f})"
+
+
+def require_best_of_n(config: OnlineConfig, setup: Setup, display: Display) -> Verdict | None:
+    """Before a policy is trained against a reward: the reward's favourite among some answers must please somebody whom the reward does
+    not know (:mod:`ingot.training.gates`). None where nobody watches, nothing is held out, or ``config.gate_answers`` is 0.
+
+    Raises
+    ------
+    RunError
+        It does not, and ``config.force`` is not set.
+    """
+    prompts, watcher = setup.prompts.held_out_sample(_GATE_PROMPTS), setup.scorers.watcher
+    if not config.gate_answers or not prompts:
+        return None
+    if watcher is None:
+        display.say(
+            "gate      nobody but the reward will judge this run: give --judge or --gold to see whether it is gamed"
+        )
+        return None
+    experience = gather(
+        setup,
+        prompts,
+        policy=setup.policy,
+        num_generations=config.gate_answers,
+        first_episode=0,
+        seed=mix(config.seed, _GATE_STREAM),
+        progress=lambda done, total: display.work("judging the best of n", done, total),
+    )
+    scores = experience.scores
+    judged = scores.gold if watcher == "gold" else scores.judge
+    assert judged is not None
+    shape = (len(prompts), config.gate_answers)
+    verdict = gate_verdict(
+        best_of_n(scores.total.reshape(shape), judged.reshape(shape)), reward=setup.scorers.name, judge=watcher
+    )
+    if verdict.passed:
+        display.say(f"gate      passed: {verdict.text}")
+    elif config.force:
+        display.say(f"gate      did not pass, going on by force: {verdict.text}")
+    else:
+        raise RunError(f"best of {config.gate_answers} did not pass: {verdict.text} (--force goes on all the same)")
+    return verdict
 
 
 def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watched: Sequence[str]) -> Verdict:
@@ -335,14 +396,13 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
     """
     sentences: list[str] = []
     figures: dict[str, float] = {"step": step}
-    names = {"score": "proxy (trained against)", "judge": "judge (not trained against)", "gold": "gold"}
     risen: dict[str, bool] = {}
     for name in watched:
         change, margin = _paired(first["each"][name], best["each"][name])
         before, after = first["figures"][f"eval_{name}"], best["figures"][f"eval_{name}"]
         risen[name] = change - margin > 0
         sentences.append(
-            f"{names[name]} went from {before:.3f} to {after:.3f} on {len(best['each'][name])} held-out prompts "
+            f"{_LABELS[name]} went from {before:.3f} to {after:.3f} on {len(best['each'][name])} held-out prompts "
             f"(change {change:+.3f} ± {margin:.3f})"
         )
         figures |= {
@@ -370,14 +430,14 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
     if not risen[counts]:
         others = [name for name in watched if name != counts and risen[name]]
         advice.append(
-            f"the {counts} did not rise although the proxy did: the reward is being gamed; take a larger --kl-coef, a better reward model, or stop earlier"
+            f"the {counts} did not rise although the proxy did: the reward is being gamed; give the KL more weight, take a better reward model, or stop earlier"
             if others
-            else f"the {names[counts]} did not rise: train longer or with a higher --learning-rate, and look at whether best of n gains anything"
+            else f"the {_LABELS[counts]} did not rise: train longer or with a higher --learning-rate, and look at whether best of n gains anything"
         )
     if not ends:
         advice.append("answers end less often: raise --missing-eos-penalty or the answers' length")
     if not diverse:
-        advice.append("answers became alike: raise --kl-coef or lower --learning-rate")
+        advice.append("answers became alike: give the KL more weight or lower --learning-rate")
     return Verdict(
         passed=risen[counts] and ends and diverse,
         sentences=tuple(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences),
