@@ -555,6 +555,31 @@ def test_ctrl_c_saves_and_prints_the_line_that_resumes(place, capsys):
     assert snapshot(stopped) == snapshot(whole)
 
 
+def test_an_update_that_is_given_up_while_it_samples_is_drawn_again(place, monkeypatch):
+    for name in ("a", "b"):
+        (place / name).mkdir()
+    whole, stopped = place / "a" / "run", place / "b" / "run"
+    phase.grpo(settings(whole), quiet=True)
+    real, calls = phase._Run.alive, 0
+
+    def press(self: Any, done: int, total: int) -> None:
+        nonlocal calls
+        # In the second draw of an update that needs one.
+        calls += self.state.step > 2 and total in (4, 8)
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self, done, total)
+
+    monkeypatch.setattr(phase._Run, "alive", press)
+    with pytest.raises(KeyboardInterrupt):
+        phase.grpo(settings(stopped), quiet=True)
+    monkeypatch.undo()
+    lines = [line for line in lines_without_time(stopped / "metrics.jsonl") if "loss" in line]
+    assert 2 < lines[-1]["step"] < 8
+    phase.resume(stopped, quiet=True)
+    assert snapshot(stopped) == snapshot(whole)
+
+
 # ---- the command line
 
 
@@ -594,6 +619,18 @@ def test_the_command_line(place, capsys):
     with pytest.raises(SystemExit):
         main(["grpo", "--help"])
     assert "--num-generations" in capsys.readouterr().out
+
+
+def test_the_torch_backend_learns_the_same(place):
+    changes = {"beta": 0.1, "loss_type": "grpo", "max_steps": 3, "sampling_ratio_cap": 2.0, "num_iterations": 2}
+    native, torch = (
+        updates(phase.grpo(config_at(place, output=str(place / name), backend=name, **changes), quiet=True))
+        for name in ("native", "torch")
+    )
+    for ours, theirs in zip(native, torch, strict=True):
+        assert theirs["val/ratio_first"] < 1e-3
+        for name in ("reward", "grad_norm", "kl", "loss", "entropy"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-2, abs=1e-5), name
 
 
 def test_a_length_in_time(place):
