@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import ingot
+import killable_ppo
 from ingot.cli import main
 from ingot.configs import GRPOConfig
 from ingot.configs.grpo import _METHODS
@@ -387,6 +388,36 @@ def test_several_rewards_with_weights_and_columns(place):
     silent = np.isnan(each["vowels"])
     assert silent.any()
     assert [prompt.columns["want"] == "k" for prompt in experience.prompts] == silent.tolist()
+
+
+def test_a_reward_model_and_a_function_with_a_judge_beside_them(tmp_path, capsys):
+    killable_ppo.write_inputs(tmp_path)
+    rm, letter = str(tmp_path / "rm"), f"{tmp_path / 'reward.py'}:letters"
+    config = GRPOConfig(
+        model=str(tmp_path / "base"),
+        prompts=(str(tmp_path / "prompts.jsonl"),),
+        reward=(rm, letter),
+        reward_weights=(0.5, 2.0),
+        judge=str(tmp_path / "judge"),
+        gate_answers=0,
+        output=str(tmp_path / "run"),
+        num_generations=4,
+        per_device_train_batch_size=16,
+        max_completion_length=4,
+        max_steps=2,
+        threads=1,
+    )
+    result = phase.grpo(config)
+    out = capsys.readouterr().out
+    assert "Proxy (trained against) went from" in out
+    assert "Judge (not trained against) went from" in out
+    for line in updates(result):
+        each = 0.5 * line["rewards/rm/mean"] + 2.0 * line["rewards/letters/mean"]
+        assert line["reward"] == pytest.approx(each)
+        assert {"objective/judge", "objective/judge_std"} <= line.keys()
+    assert {"eval_judge", "eval_rewards/rm/mean"} <= result.history[0].keys()
+    with pytest.raises(ConfigError, match="it would approve of itself"):
+        phase.grpo(dataclasses.replace(config, judge=rm, output=str(tmp_path / "b")), quiet=True)
 
 
 BROKEN = {
