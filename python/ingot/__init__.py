@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, ModelConfig, PretrainConfig, SFTConfig
+    from ingot.configs import Architecture, ModelConfig, PPOConfig, PretrainConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
+    from ingot.inference.scoring import RewardModel
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.tokenizer import Tokenizer
+    from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
     from ingot.training.sft import sft
@@ -26,13 +28,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "ModelConfig", "PretrainConfig", "SFTConfig"),
+    "ingot.configs": ("Architecture", "ModelConfig", "PPOConfig", "PretrainConfig", "SFTConfig"),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
+    "ingot.inference.scoring": ("RewardModel",),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
     "ingot.training.sft": ("sft",),
@@ -51,9 +55,11 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Optimizer",
+    "PPOConfig",
     "ParameterGroup",
     "PretrainConfig",
     "PretrainResult",
+    "RewardModel",
     "RunError",
     "SFTConfig",
     "Sampling",
@@ -64,6 +70,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load_model",
+    "ppo",
     "pretrain",
     "resume",
     "sft",

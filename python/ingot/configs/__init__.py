@@ -6,9 +6,11 @@ This package stays light (no numpy, no native code), so that ``ingot --help`` an
 
 from ingot.configs.checks import check_keys, load_recipe, load_toml, parse_duration, recipe_names, require
 from ingot.configs.model import Activation, Architecture, AttentionBias, ModelConfig, Norm, Position
+from ingot.configs.online import OnlineConfig
+from ingot.configs.ppo import PPOConfig
 from ingot.configs.pretrain import PretrainConfig
 from ingot.configs.sft import SFTConfig
-from ingot.configs.training import Backend, Level, TrainingConfig
+from ingot.configs.training import Backend, Level, RunConfig, TrainingConfig
 
 __all__ = [
     "Activation",
@@ -18,8 +20,11 @@ __all__ = [
     "Level",
     "ModelConfig",
     "Norm",
+    "OnlineConfig",
+    "PPOConfig",
     "Position",
     "PretrainConfig",
+    "RunConfig",
     "SFTConfig",
     "TrainingConfig",
     "check_keys",

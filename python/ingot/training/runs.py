@@ -23,14 +23,13 @@ from ingot.durable import (
     write_file,
 )
 from ingot.errors import RunError
-from ingot.training.checkpoints import MODEL_FILE
+from ingot.training.checkpoints import MODEL_FILE, Savable
 from ingot.training.companions import write_generation_config, write_tokenizer_config
 from ingot.training.locks import RunLock
 from ingot.training.metrics import MetricsLog
 
 if TYPE_CHECKING:
     from ingot.data.chat import ChatEncoder
-    from ingot.models.base import Model
     from ingot.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -128,7 +127,7 @@ class RunFolder:
 
         self._publish(write, last="tokenizer.json")
 
-    def export(self, model: Model, tokenizer: Tokenizer, card: str, encoder: ChatEncoder | None = None) -> None:
+    def export(self, model: Savable, tokenizer: Tokenizer, card: str, encoder: ChatEncoder | None = None) -> None:
         """Make the top of the folder a Hugging Face directory of this model; each file is replaced in one step, weights last.
 
         Raises
