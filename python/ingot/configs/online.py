@@ -50,8 +50,7 @@ class OnlineConfig(RunConfig):
     per_device_train_batch_size: int = 64
     """Answers of one update."""
     max_steps: int | None = None
-    """Number of updates. The schedule ends there. Without it, total_episodes, num_train_epochs or max_time decide; 200 where none is
-    given."""
+    """Number of updates. The schedule ends there. Without it, total_episodes, num_train_epochs or max_time decide; 200 where none is given."""
     total_episodes: int | None = None
     """Number of answers in all, instead of max_steps."""
     num_train_epochs: float | None = None
@@ -73,11 +72,9 @@ class OnlineConfig(RunConfig):
     sample_prompts: int = 8
     """Held-out prompts whose answers are written to samples.jsonl at each evaluation."""
     export_by: ExportBy | None = None
-    """Which weights become the run's model: those of the last step, or of the best evaluation by the held-out objective (reward less KL), the
-    judge's score or gold. Unless given: by the judge where there is one, otherwise by the objective."""
+    """Which weights become the run's model: those of the last step, or of the best evaluation by the held-out objective (reward less KL), the judge's score or gold. Unless given: by the judge where there is one, otherwise by the objective."""
     pack_length: int | None = None
-    """Most tokens of one forward and backward pass: bounds memory and does not change the loss. At least an answer with its prompt; 4096
-    unless given."""
+    """Most tokens of one forward and backward pass: bounds memory and does not change the loss. At least an answer with its prompt; 4096 unless given."""
     max_sequences: int = 64
     """Answers that are written at a time; more are faster on larger machines and need more memory."""
 

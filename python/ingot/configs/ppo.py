@@ -56,8 +56,7 @@ class PPOConfig(OnlineConfig):
     sampling_ratio_cap: float | None = None
     """Weigh advantages by the ratio of the trainer's probability to the sampler's, at most this; for backends where the two differ."""
     critic: Literal["shared", "policy", "reward_model"] = "shared"
-    """What estimates values: a head on the policy's own network, starting at 0; or a network of its own that starts from the model, or from the
-    reward model."""
+    """What estimates values: a head on the policy's own network, starting at 0; or a network of its own that starts from the model, or from the reward model."""
     critic_learning_rate: float | None = None
     """Peak learning rate of a critic of its own; learning_rate unless given."""
     ptx_data: tuple[str, ...] = ()
