@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, ModelConfig, PPOConfig, PretrainConfig, SFTConfig
+    from ingot.configs import Architecture, ModelConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
+    from ingot.training.reward_model import train_reward_model
     from ingot.training.sft import sft
     from ingot.training.trainer import TrainingResult
 
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "ModelConfig", "PPOConfig", "PretrainConfig", "SFTConfig"),
+    "ingot.configs": ("Architecture", "ModelConfig", "PPOConfig", "PretrainConfig", "RewardConfig", "SFTConfig"),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
@@ -39,6 +40,7 @@ _HOMES = {
     "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
+    "ingot.training.reward_model": ("train_reward_model",),
     "ingot.training.sft": ("sft",),
     "ingot.training.trainer": ("TrainingResult",),
 }
@@ -59,6 +61,7 @@ __all__ = [
     "ParameterGroup",
     "PretrainConfig",
     "PretrainResult",
+    "RewardConfig",
     "RewardModel",
     "RunError",
     "SFTConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "resume",
     "sft",
     "stream",
+    "train_reward_model",
 ]
 
 

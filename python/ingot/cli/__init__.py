@@ -52,6 +52,7 @@ COMMANDS: dict[str, Entry] = {
     "sample": Entry("sample", "Sample", "several responses to each of many prompts, to be ranked or scored"),
     "chat": Entry("chat", "Chat", "talk with a model; its answers appear as they are written"),
     "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
+    "reward": Entry("reward", "Reward", "train a model on rankings that scores answers as people would"),
     "agreement": Entry("agreement", "Agreement", "how far labellers agree, what sways them, what to label again"),
     "cache": Entry("cache", "Cache", "list or clear the token files kept between runs"),
     "env": Entry("environment", "Environment", "a report on this machine and installation, to paste into a question"),

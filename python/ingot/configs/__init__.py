@@ -9,6 +9,7 @@ from ingot.configs.model import Activation, Architecture, AttentionBias, ModelCo
 from ingot.configs.online import OnlineConfig
 from ingot.configs.ppo import PPOConfig
 from ingot.configs.pretrain import PretrainConfig
+from ingot.configs.reward import RewardConfig
 from ingot.configs.sft import SFTConfig
 from ingot.configs.training import Backend, Level, RunConfig, TrainingConfig
 
@@ -24,6 +25,7 @@ __all__ = [
     "PPOConfig",
     "Position",
     "PretrainConfig",
+    "RewardConfig",
     "RunConfig",
     "SFTConfig",
     "TrainingConfig",

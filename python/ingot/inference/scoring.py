@@ -166,7 +166,7 @@ class RewardModel:
         """The same for each criterion, f64 [n, k]."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(completions)} completions for {len(prompts)} prompts")
-        return self._score(
+        return self.score_ids_each(
             [self._ids(*each, n) for n, each in enumerate(zip(prompts, completions, strict=True))], progress
         )
 
@@ -249,9 +249,10 @@ class RewardModel:
             if int(ids[-1]) not in self.encoder.end_ids:
                 ids = np.append(ids[: context - 1], np.int32(end))
             sequences.append(np.asarray(ids, np.int32))
-        return self._score(sequences)
+        return self.score_ids_each(sequences)
 
-    def _score(self, sequences: Sequence[IntArray], progress: Progress | None = None) -> Float64:
+    def score_ids_each(self, sequences: Sequence[IntArray], progress: Progress | None = None) -> Float64:
+        """The heads' scores at the last token of each of these sequences as they are, f64 [n, k]."""
         scores = np.empty((len(sequences), len(self.criteria)))
         for first, last in _packs([len(each) for each in sequences]):
             scores[first:last] = head_values(self.model, sequences[first:last])

@@ -22,7 +22,10 @@ _INTRODUCTIONS = {
     "nothing was done to make what it says true or harmless.",
     "ppo": "A language model trained with `ingot ppo` to give answers that a reward likes. It is as good as that reward: "
     "what the reward does not see, nothing was done about.",
+    "reward": "A reward model trained on people's rankings with `ingot reward`: it scores answers, higher for those that its judges would "
+    "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
 }
+_PIPELINES = {"reward": "text-classification"}
 
 
 def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, float | None], num_parameters: int) -> str:
@@ -81,7 +84,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
         [
             "---",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {_PIPELINES.get(facts['kind'], 'text-generation')}",
             "tags:",
             "- ingot",
             "---",
@@ -90,7 +93,11 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
             _INTRODUCTIONS[facts["kind"]],
             "",
-            "| rewards |  |" if "prompts_hash" in data else "| losses, nats per token | |",
+            "| rewards |  |"
+            if "prompts_hash" in data
+            else "| losses, nats per judgement | |"
+            if facts["kind"] == "reward"
+            else "| losses, nats per token | |",
             "|---|---|",
             *measured,
             "",

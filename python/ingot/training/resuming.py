@@ -10,7 +10,9 @@ from ingot.errors import RunError
 from ingot.training.runs import RunFolder
 from ingot.training.trainer import TrainingResult
 
-_PHASES = ("pretrain", "sft", "ppo")
+_PHASES = ("pretrain", "sft", "reward", "ppo")
+# Where the loop is in a module of another name.
+_MODULES = {"reward": "reward_model"}
 
 
 def resume(folder: str | Path, **options: Any) -> TrainingResult:
@@ -28,5 +30,7 @@ def resume(folder: str | Path, **options: Any) -> TrainingResult:
         kind = run.facts["kind"]
     if kind not in _PHASES:
         raise RunError(f"{folder}: a run of ingot {kind}, which this version does not have: upgrade ingot")
-    result: TrainingResult = importlib.import_module(f"ingot.training.{kind}").resume(folder, **options)
+    result: TrainingResult = importlib.import_module(f"ingot.training.{_MODULES.get(kind, kind)}").resume(
+        folder, **options
+    )
     return result

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ingot.durable import (
     crash_points as crash_points,  # tests listen here
@@ -23,18 +23,32 @@ from ingot.durable import (
     write_file,
 )
 from ingot.errors import RunError
-from ingot.training.checkpoints import MODEL_FILE, Savable
+from ingot.training.checkpoints import MODEL_FILE
 from ingot.training.companions import write_generation_config, write_tokenizer_config
 from ingot.training.locks import RunLock
 from ingot.training.metrics import MetricsLog
 
 if TYPE_CHECKING:
+    from ingot.configs import ModelConfig
     from ingot.data.chat import ChatEncoder
     from ingot.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
 CARD_FILE = "README.md"
+
+
+class Exported(Protocol):
+    """What the top of a run's folder holds."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its shape."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        ...
 
 
 class RunFolder:
@@ -127,7 +141,7 @@ class RunFolder:
 
         self._publish(write, last="tokenizer.json")
 
-    def export(self, model: Savable, tokenizer: Tokenizer, card: str, encoder: ChatEncoder | None = None) -> None:
+    def export(self, model: Exported, tokenizer: Tokenizer, card: str, encoder: ChatEncoder | None = None) -> None:
         """Make the top of the folder a Hugging Face directory of this model; each file is replaced in one step, weights last.
 
         Raises
