@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, ModelConfig, PretrainConfig, SFTConfig
+    from ingot.configs import Architecture, DPOConfig, ModelConfig, PretrainConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.tokenizer import Tokenizer
+    from ingot.training.dpo import dpo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
     from ingot.training.sft import sft
@@ -26,13 +27,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "ModelConfig", "PretrainConfig", "SFTConfig"),
+    "ingot.configs": ("Architecture", "DPOConfig", "ModelConfig", "PretrainConfig", "SFTConfig"),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.dpo": ("dpo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
     "ingot.training.sft": ("sft",),
@@ -46,6 +48,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "Corpus",
+    "DPOConfig",
     "DataError",
     "IngotError",
     "Model",
@@ -61,6 +64,7 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "build_info",
+    "dpo",
     "evaluate",
     "generate",
     "load_model",

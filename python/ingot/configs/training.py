@@ -108,17 +108,20 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, in the shape that a TOML file has."""
         fields = dataclasses.asdict(self)
-        fields["data"] = list(self.data)
-        return {name: value for name, value in fields.items() if value is not None}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {name: value for name, value in plain.items() if value is not None}
 
     @classmethod
     def fields_of(cls, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
         """The keyword arguments that a TOML table holds, checked by name."""
         check_keys(cls, fields, source)
         values = dict(fields)
-        if "data" in values:
-            data = values["data"]
-            values["data"] = (data,) if isinstance(data, str) else tuple(data)
+        for field in dataclasses.fields(cls):
+            value = values.get(field.name)
+            if isinstance(value, list):
+                values[field.name] = tuple(value)
+            elif isinstance(field.default, tuple) and isinstance(value, str):
+                values[field.name] = (value,)
         return values
 
     @classmethod

@@ -10,13 +10,14 @@ from ingot.errors import RunError
 from ingot.training.runs import RunFolder
 from ingot.training.trainer import TrainingResult
 
-_PHASES = ("pretrain", "sft")
+_PHASES = ("pretrain", "sft", "dpo")
 
 
 def resume(folder: str | Path, **options: Any) -> TrainingResult:
     """Go on with a run from its newest whole checkpoint.
 
-    ``options`` are those of the phase: :func:`ingot.training.pretrain.resume`, :func:`ingot.training.sft.resume`.
+    ``options`` are those of the phase: :func:`ingot.training.pretrain.resume`, :func:`ingot.training.sft.resume`,
+    :func:`ingot.training.dpo.resume`.
 
     Raises
     ------
