@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, ModelConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
+    from ingot.configs import (
+        Architecture,
+        DPOConfig,
+        ModelConfig,
+        PPOConfig,
+        PretrainConfig,
+        RewardConfig,
+        SFTConfig,
+    )
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
     from ingot.inference.scoring import RewardModel
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.tokenizer import Tokenizer
+    from ingot.training.dpo import dpo
     from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
@@ -29,7 +38,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "ModelConfig", "PPOConfig", "PretrainConfig", "RewardConfig", "SFTConfig"),
+    "ingot.configs": (
+        "Architecture",
+        "DPOConfig",
+        "ModelConfig",
+        "PPOConfig",
+        "PretrainConfig",
+        "RewardConfig",
+        "SFTConfig",
+    ),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
@@ -37,6 +54,7 @@ _HOMES = {
     "ingot.inference.scoring": ("RewardModel",),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.dpo": ("dpo",),
     "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
@@ -52,6 +70,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "Corpus",
+    "DPOConfig",
     "DataError",
     "IngotError",
     "Model",
@@ -70,6 +89,7 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "build_info",
+    "dpo",
     "evaluate",
     "generate",
     "load_model",

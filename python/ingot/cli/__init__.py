@@ -46,6 +46,7 @@ COMMANDS: dict[str, Entry] = {
     "plan": Entry("plan", "Plan", "what to train on this machine in a given time"),
     "pretrain": Entry("pretrain", "Pretrain", "train a network to predict the next token of raw text"),
     "sft": Entry("sft", "SFT", "fine-tune a model on demonstrations, so that it answers"),
+    "dpo": Entry("dpo", "DPO", "train a model on preferences directly: DPO and its relatives, KTO, ORPO, SimPO"),
     "ppo": Entry("ppo", "PPO", "train a model on rewards of its own answers, with a critic"),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
