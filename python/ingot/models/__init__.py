@@ -121,8 +121,9 @@ def load_model(
     new = ("score.bias",) if saved.num_values else ("score.weight", "score.bias")
     weights = saved.weights(shapes, optional=new)
     if backend == "native":
+        views = model.parameters
         for name, values in weights:
-            model.parameters[name][...] = values
+            views[name][...] = values
     else:
         model.load_state({**model.state(), **dict(weights)})
     return model

@@ -266,7 +266,10 @@ class Model(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, FloatArray]:
-        """Weights by Hugging Face name. Native: writable views of the flat buffer; a write is seen by the next forward."""
+        """Weights by Hugging Face name. Native: writable views of the flat buffer; a write is seen by the next forward.
+
+        Views are of this model alone: asking for them takes a copy where a fork shares the memory (see :meth:`fork`).
+        """
         ...
 
     @property
@@ -378,6 +381,14 @@ class Model(Protocol):
         banned_ids: Sequence[int] | IntArray | None = None,
     ) -> Decoder:
         """A decoder with room for ``max_sequences`` sequences of up to ``max_tokens`` tokens each, prompt included."""
+        ...
+
+    def fork(self) -> Model:
+        """A second model with the weights that this one has now; nothing done to either changes the other.
+
+        They share the weights' memory until one of them is written to (by a step, by :meth:`load_state`, or by asking a native
+        model for :attr:`parameters`), which takes a copy first.
+        """
         ...
 
     def state(self) -> dict[str, FloatArray]:

@@ -1,7 +1,8 @@
 //! The model as Python sees it: one crossing per stage of a step, flat arrays in and out.
 
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use ingot_kernels::Buffer;
 use ingot_model::{
     Batch, Config, Context, ForwardOptions, Model, Options, OutputGradients, Outputs, Parameter,
     Want,
@@ -27,9 +28,32 @@ pub struct NativeModel {
     num_values: usize,
     level: &'static str,
     threads: usize,
-    parameters: LentBuffer,
+    /// One handle here, and one in each [`ParameterViews`] that lives.
+    lent: Arc<()>,
     /// Filled when the gradients are first made.
     gradients: OnceLock<LentBuffer>,
+}
+
+/// What views of the parameters keep alive.
+#[pyclass(frozen, module = "ingot._native")]
+pub struct ParameterViews {
+    model: Py<NativeModel>,
+    _hold: Hold,
+}
+
+/// How the memory behind views of the parameters is kept in place.
+enum Hold {
+    /// The buffer is the model's alone as long as this lives: nobody shares it, so no write has to move it.
+    Lent(#[allow(dead_code, reason = "counted")] Arc<()>),
+    /// A handle of the buffer: a write to the model meanwhile takes a copy and leaves it as it is.
+    Shared(#[allow(dead_code, reason = "kept alive")] Arc<Buffer>),
+}
+
+impl ParameterViews {
+    /// Names and places of the parameters.
+    pub fn tensors(&self) -> &[Parameter] {
+        self.model.get().tensors()
+    }
 }
 
 /// See `ingot.models.base.Context`.
@@ -110,22 +134,24 @@ impl NativeModel {
         let config: Config = serde_json::from_str(config).map_err(|error| {
             own_class(py, "ConfigError", format!("model configuration: {error}"))
         })?;
-        let hidden_size = config.hidden_size;
         let options = Options {
             level: self::level(py, level)?,
             threads: thread_count(py, threads)?,
             num_values,
         };
-        let mut model = enter(py, || Model::new(config, seed, options))?;
-        Ok(Self {
-            table: model.table().to_vec(),
-            hidden_size,
-            num_values,
-            level: model.kernels().level().name(),
-            threads: model.pool().threads(),
-            parameters: LentBuffer::of(model.parameters_mut()),
-            gradients: OnceLock::new(),
-            model: Mutex::new(model),
+        Ok(Self::of(enter(py, || Model::new(config, seed, options))?))
+    }
+
+    /// A second model with the same parameters, in the same memory until one of the two is written to. Where views live
+    /// through which this one could be written to unseen, the memory is copied at once.
+    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
+        enter(py, || {
+            let model = lock(&self.model, "model")?;
+            let mut fork = model.fork();
+            if self.is_lent() {
+                fork.own_parameters();
+            }
+            Ok::<_, NativeError>(Self::of(fork))
         })
     }
 
@@ -158,9 +184,28 @@ impl NativeModel {
         self.threads
     }
 
-    /// Writable views of the parameters by name.
+    /// Writable views of the parameters by name, in memory that is this model's alone from here on.
     fn parameters<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
-        views(slf, slf.get().parameters)
+        let this = slf.get();
+        Self::parameter_views(slf, |model| {
+            let place = LentBuffer::of(model.own_parameters());
+            (Hold::Lent(Arc::clone(&this.lent)), place)
+        })
+    }
+
+    /// Read-only views of the parameters by name, to be read before the model changes. Memory that is shared stays so.
+    fn snapshot<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        let this = slf.get();
+        Self::parameter_views(slf, |model| {
+            let place = LentBuffer::read_only(model.parameters());
+            // A handle of a lent buffer would make the next write move it away from its views.
+            let hold = if this.is_lent() {
+                Hold::Lent(Arc::clone(&this.lent))
+            } else {
+                Hold::Shared(model.shared_parameters())
+            };
+            (hold, place)
+        })
     }
 
     /// Writable views of the gradients by name; zeros where there were none yet.
@@ -264,12 +309,12 @@ impl NativeModel {
         ];
         let d_hidden = borrow_optional("d_hidden", d_hidden, &hidden_shape)?;
         let gradients = OutputGradients {
-            d_logprobs: self.foreign("d_logprobs", d_logprobs.as_ref())?,
-            d_entropy: self.foreign("d_entropy", d_entropy.as_ref())?,
-            d_lse: self.foreign("d_lse", d_lse.as_ref())?,
-            d_zbar: self.foreign("d_zbar", d_zbar.as_ref())?,
-            d_values: self.foreign("d_values", d_values.as_ref())?,
-            d_hidden: self.foreign("d_hidden", d_hidden.as_ref())?,
+            d_logprobs: self.foreign(py, "d_logprobs", d_logprobs.as_ref())?,
+            d_entropy: self.foreign(py, "d_entropy", d_entropy.as_ref())?,
+            d_lse: self.foreign(py, "d_lse", d_lse.as_ref())?,
+            d_zbar: self.foreign(py, "d_zbar", d_zbar.as_ref())?,
+            d_values: self.foreign(py, "d_values", d_values.as_ref())?,
+            d_hidden: self.foreign(py, "d_hidden", d_hidden.as_ref())?,
         };
         enter(py, || -> Result<_, NativeError> {
             let mut model = lock(&self.model, "model")?;
@@ -298,7 +343,9 @@ impl NativeModel {
         let batch = BorrowedBatch::new(tokens, offsets, targets, sequence_ids)?;
         let batch = batch.batch()?;
         let weights = borrow("weights", weights, &[Size::Exactly(batch.tokens.len())])?;
-        let weights = self.foreign("weights", Some(&weights))?.unwrap_or_default();
+        let weights = self
+            .foreign(py, "weights", Some(&weights))?
+            .unwrap_or_default();
         let banned_ids = borrow("banned_ids", banned_ids, &[Size::Any("B")])?;
         let banned_ids = elements(&banned_ids)?;
         let options = ForwardOptions {
@@ -342,21 +389,55 @@ impl NativeModel {
         &self.table
     }
 
+    /// Views of the parameters in the place that `take` finds, with what holds it there.
+    fn parameter_views<'py>(
+        slf: &Bound<'py, Self>,
+        take: impl FnOnce(&mut Model) -> (Hold, LentBuffer) + Send,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let py = slf.py();
+        let (hold, place) = slf
+            .get()
+            .with(py, |model| Ok::<_, NativeError>(take(model)))?;
+        let owner = ParameterViews {
+            model: slf.clone().unbind(),
+            _hold: hold,
+        };
+        views(&Bound::new(py, owner)?, place)
+    }
+
+    fn of(model: Model) -> Self {
+        Self {
+            table: model.table().to_vec(),
+            hidden_size: model.config().hidden_size,
+            num_values: model.num_values(),
+            level: model.kernels().level().name(),
+            threads: model.pool().threads(),
+            lent: Arc::new(()),
+            gradients: OnceLock::new(),
+            model: Mutex::new(model),
+        }
+    }
+
+    /// Whether views of the parameters live through which they could be written to.
+    fn is_lent(&self) -> bool {
+        Arc::strong_count(&self.lent) > 1
+    }
+
     /// The elements of an argument that must not be a view of this model's own buffers, which the call writes to.
     fn foreign<'a>(
         &self,
+        py: Python<'_>,
         name: &str,
         array: Option<&'a PyReadonlyArrayDyn<'_, f32>>,
     ) -> PyResult<Option<&'a [f32]>> {
         let Some(slice) = optional_elements(array)? else {
             return Ok(None);
         };
-        if self.parameters.overlaps(slice)
-            || self
-                .gradients
-                .get()
-                .is_some_and(|lent| lent.overlaps(slice))
-        {
+        let parameters = lock(&self.model, "model")
+            .map(|model| LentBuffer::read_only(model.parameters()))
+            .map_err(|error| error.into_python(py))?;
+        let gradients = self.gradients.get().copied();
+        if parameters.overlaps(slice) || gradients.is_some_and(|lent| lent.overlaps(slice)) {
             let message = format!(
                 "{name}: is a view of the model's own memory, which this call writes to: pass a copy"
             );

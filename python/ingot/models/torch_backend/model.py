@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -102,15 +103,45 @@ class TorchModel:
         size = self._table[-1].offset + self._table[-1].size
         self._flat = torch.zeros(size, dtype=self._dtype, device=self._device)
         self._flat_gradient: Tensor | None = None
-        # Leaves of the graph that share the flat buffer's memory.
-        self._tensors = {p.name: self._part(self._flat, p).detach().requires_grad_() for p in self._table}
+        self._sharers: weakref.WeakSet[TorchModel] = weakref.WeakSet([self])
+        self._cut()
         with torch.no_grad():
             for parameter, values in initial_values(config, self._table, seed):
                 self._tensors[parameter.name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
-        self._network = Network(config, self._tensors, self._dtype)
         self._version = 0
         self._lock = threading.RLock()
         self.optimizer: Optimizer = TorchOptimizer(self)
+
+    @alone
+    def fork(self) -> TorchModel:
+        """A second model with the weights that this one has now, in the same memory until one of the two is written to.
+
+        The first write to either (a step, :meth:`load_state`) takes a copy for it.
+        """
+        fork = TorchModel.__new__(TorchModel)
+        fork._config, fork._num_values = self._config, self._num_values
+        fork._device, fork._precision, fork._dtype = self._device, self._precision, self._dtype
+        fork._table, fork._flat, fork._flat_gradient = self._table, self._flat, None
+        fork._sharers = self._sharers
+        fork._sharers.add(fork)
+        fork._cut()
+        fork._version = 0
+        fork._lock = threading.RLock()
+        fork.optimizer = TorchOptimizer(fork)
+        return fork
+
+    def _cut(self) -> None:
+        """The named parts of the flat buffer: leaves of the graph that share its memory."""
+        self._tensors = {p.name: self._part(self._flat, p).detach().requires_grad_() for p in self._table}
+        self._network = Network(self._config, self._tensors, self._dtype)
+
+    def _own(self) -> None:
+        """Takes a copy of the weights where another model shares them: to be called before they are written to."""
+        if len(self._sharers) > 1:
+            self._sharers.discard(self)
+            self._sharers = weakref.WeakSet([self])
+            self._flat = self._flat.clone()
+            self._cut()
 
     # -- facts --
 
@@ -302,6 +333,7 @@ class TorchModel:
         """Lets an optimizer change the weights by the flat gradient."""
         if self._flat_gradient is None:
             raise RuntimeError("there are no gradients yet: run backward or forward_backward before the step")
+        self._own()
         info = rule(self._flat_gradient)
         if not info.skipped:
             self._version += 1
@@ -329,6 +361,7 @@ class TorchModel:
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; missing, surplus or mis-shaped weights are a ``CheckpointError`` that names them."""
         check_state(state, {p.name: p.shape for p in self._table}, "state")
+        self._own()
         with torch.no_grad():
             for parameter in self._table:
                 self._tensors[parameter.name].copy_(torch.from_numpy(as_array(state[parameter.name])))
