@@ -135,6 +135,7 @@ class Model:
         want: Sequence[str],
         value_rows: npt.NDArray[np.bool_] | None,
         hidden_rows: npt.NDArray[np.int64] | None,
+        candidates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]] | None,
         temperature: float,
         banned_ids: npt.NDArray[np.int32],
         train: bool,
@@ -151,6 +152,7 @@ class Model:
         d_lse: npt.NDArray[np.float32] | None,
         d_zbar: npt.NDArray[np.float32] | None,
         d_hidden: npt.NDArray[np.float32] | None,
+        d_candidates: npt.NDArray[np.float32] | None,
     ) -> None: ...
     def forward_backward(
         self,

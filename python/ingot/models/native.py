@@ -16,6 +16,7 @@ from ingot.configs import ModelConfig
 from ingot.errors import CheckpointError
 from ingot.models.base import (
     BoolArray,
+    Candidates,
     Context,
     DecodeStep,
     EpsMode,
@@ -125,6 +126,7 @@ class NativeModel:
         want: Collection[str] = ("logprobs",),
         value_rows: BoolArray | None = None,
         hidden_rows: LongArray | None = None,
+        candidates: Candidates | None = None,
         temperature: float = 1.0,
         banned_ids: Sequence[int] | IntArray | None = None,
         train: bool = True,
@@ -132,7 +134,7 @@ class NativeModel:
         sequence_ids: LongArray | None = None,
     ) -> tuple[Context | None, Outputs]:
         """See :meth:`ingot.models.base.Model.forward`."""
-        wanted = check_want(want, self.num_values)
+        wanted = check_want(want, self.num_values, candidates)
         check_seed(seed)
         context, arrays = self._core.forward(
             tokens,
@@ -141,6 +143,7 @@ class NativeModel:
             want=sorted(wanted),
             value_rows=value_rows,
             hidden_rows=hidden_rows,
+            candidates=candidates,
             temperature=temperature,
             banned_ids=ids_array(banned_ids),
             train=train,
@@ -158,6 +161,7 @@ class NativeModel:
         d_lse: FloatArray | None = None,
         d_zbar: FloatArray | None = None,
         d_hidden: FloatArray | None = None,
+        d_candidates: FloatArray | None = None,
     ) -> None:
         """See :meth:`ingot.models.base.Model.backward`."""
         if not isinstance(ctx, _native.Context):
@@ -173,6 +177,7 @@ class NativeModel:
             d_lse=d_lse,
             d_zbar=d_zbar,
             d_hidden=d_hidden,
+            d_candidates=d_candidates,
         )
 
     def forward_backward(

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use ingot_kernels::Buffer;
 use ingot_model::{
-    Batch, Config, Context, ForwardOptions, Model, Options, OutputGradients, Outputs, Parameter,
-    Want,
+    Batch, Candidates, Config, Context, ForwardOptions, Model, Options, OutputGradients, Outputs,
+    Parameter, Want,
 };
 use numpy::{IntoPyArray, PyArrayMethods, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -233,7 +233,8 @@ impl NativeModel {
 
     /// Outputs by name, and the context where `train`.
     #[pyo3(signature = (
-        tokens, offsets, targets, *, want, value_rows, hidden_rows, temperature, banned_ids, train, seed, sequence_ids
+        tokens, offsets, targets, *, want, value_rows, hidden_rows, candidates, temperature, banned_ids, train, seed,
+        sequence_ids
     ))]
     fn forward<'py>(
         &self,
@@ -244,6 +245,7 @@ impl NativeModel {
         want: Vec<String>,
         value_rows: Option<&Bound<'py, PyAny>>,
         hidden_rows: Option<&Bound<'py, PyAny>>,
+        candidates: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
         temperature: f32,
         banned_ids: &Bound<'py, PyAny>,
         train: bool,
@@ -255,9 +257,23 @@ impl NativeModel {
         let num_rows = batch.tokens.len();
         let value_rows = borrow_optional("value_rows", value_rows, &[Size::Exactly(num_rows)])?;
         let hidden_rows = borrow_optional("hidden_rows", hidden_rows, &[Size::Any("R")])?;
+        let candidates = candidates
+            .map(|(offsets, ids)| -> PyResult<_> {
+                let offsets = borrow("candidates[0]", &offsets, &[Size::Exactly(num_rows + 1)])?;
+                Ok((offsets, borrow("candidates[1]", &ids, &[Size::Any("C")])?))
+            })
+            .transpose()?;
+        let candidates = match &candidates {
+            None => None,
+            Some((offsets, ids)) => Some(Candidates {
+                offsets: elements(offsets)?,
+                ids: elements(ids)?,
+            }),
+        };
         let banned_ids = borrow("banned_ids", banned_ids, &[Size::Any("B")])?;
         let options = ForwardOptions {
             want: parse_want(&want)?,
+            candidates,
             value_rows: optional_elements(value_rows.as_ref())?,
             hidden_rows: optional_elements(hidden_rows.as_ref())?,
             temperature,
@@ -275,7 +291,7 @@ impl NativeModel {
     }
 
     /// Adds the gradients of the parameters.
-    #[pyo3(signature = (context, *, d_logprobs, d_entropy, d_values, d_lse, d_zbar, d_hidden))]
+    #[pyo3(signature = (context, *, d_logprobs, d_entropy, d_values, d_lse, d_zbar, d_hidden, d_candidates))]
     fn backward<'py>(
         &self,
         py: Python<'py>,
@@ -286,11 +302,16 @@ impl NativeModel {
         d_lse: Option<&Bound<'py, PyAny>>,
         d_zbar: Option<&Bound<'py, PyAny>>,
         d_hidden: Option<&Bound<'py, PyAny>>,
+        d_candidates: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<()> {
-        let (num_rows, num_hidden_rows) = {
+        let (num_rows, num_hidden_rows, num_candidates) = {
             let context =
                 lock(&context.context, "context").map_err(|error| error.into_python(py))?;
-            (context.num_tokens(), context.num_hidden_rows())
+            (
+                context.num_tokens(),
+                context.num_hidden_rows(),
+                context.num_candidates(),
+            )
         };
         let rows = [Size::Exactly(num_rows)];
         let d_logprobs = borrow_optional("d_logprobs", d_logprobs, &rows)?;
@@ -308,6 +329,11 @@ impl NativeModel {
             Size::Exactly(self.hidden_size),
         ];
         let d_hidden = borrow_optional("d_hidden", d_hidden, &hidden_shape)?;
+        let d_candidates = borrow_optional(
+            "d_candidates",
+            d_candidates,
+            &[Size::Exactly(num_candidates)],
+        )?;
         let gradients = OutputGradients {
             d_logprobs: self.foreign(py, "d_logprobs", d_logprobs.as_ref())?,
             d_entropy: self.foreign(py, "d_entropy", d_entropy.as_ref())?,
@@ -315,6 +341,7 @@ impl NativeModel {
             d_zbar: self.foreign(py, "d_zbar", d_zbar.as_ref())?,
             d_values: self.foreign(py, "d_values", d_values.as_ref())?,
             d_hidden: self.foreign(py, "d_hidden", d_hidden.as_ref())?,
+            d_candidates: self.foreign(py, "d_candidates", d_candidates.as_ref())?,
         };
         enter(py, || -> Result<_, NativeError> {
             let mut model = lock(&self.model, "model")?;
@@ -463,6 +490,7 @@ impl NativeModel {
             ("entropy", outputs.entropy),
             ("lse", outputs.lse),
             ("zbar", outputs.zbar),
+            ("candidate_logprobs", outputs.candidate_logprobs),
         ];
         for (name, vector) in vectors {
             if let Some(vector) = vector {
@@ -504,6 +532,7 @@ fn parse_want(names: &[String]) -> PyResult<Want> {
             "top1" => &mut want.top1,
             "values" => &mut want.values,
             "hidden" => &mut want.hidden,
+            "candidate_logprobs" => &mut want.candidate_logprobs,
             _ => {
                 return Err(PyRuntimeError::new_err(format!(
                     "there is no output {name:?}"

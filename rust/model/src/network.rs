@@ -252,7 +252,6 @@ impl Model {
         head.backward(
             arenas,
             flat,
-            &context.packing,
             &context.head,
             gradients,
             &context.output,
@@ -284,6 +283,7 @@ impl Model {
             want: crate::Want::LOGPROBS,
             value_rows: None,
             hidden_rows: None,
+            candidates: None,
             ..*options
         };
         let head_options = HeadOptions::new(
@@ -299,7 +299,6 @@ impl Model {
         let loss = head.forward_backward(
             arenas,
             flat,
-            &context.packing,
             &context.head,
             weights,
             &context.output,
@@ -576,6 +575,21 @@ impl Model {
             }
             let expected = context.head.hidden_rows.len() * self.config.hidden_size;
             ModelError::check_length("d_hidden", d_hidden.len(), expected, "the output hidden")?;
+        }
+        if let Some(d_candidates) = gradients.d_candidates {
+            if !context.head.want.candidate_logprobs {
+                return Err(ModelError::argument(
+                    "d_candidates",
+                    "was given, but the forward pass was not asked for candidate_logprobs",
+                ));
+            }
+            let expected = context.head.candidates.len();
+            ModelError::check_length(
+                "d_candidates",
+                d_candidates.len(),
+                expected,
+                "the output candidate_logprobs",
+            )?;
         }
         Ok(())
     }
