@@ -307,6 +307,7 @@ impl Mixture {
             d_zbar: given(want.zbar, &self.zbar),
             d_values: given(want.values, &self.values),
             d_hidden: given(want.hidden, &self.hidden),
+            d_candidates: None,
         }
     }
 }
