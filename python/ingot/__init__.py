@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
+    from ingot.reporting import report
     from ingot.tokenizer import Tokenizer
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
@@ -32,6 +33,7 @@ _HOMES = {
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
+    "ingot.reporting": ("report",),
     "ingot.tokenizer": ("Tokenizer",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
@@ -65,6 +67,7 @@ __all__ = [
     "generate",
     "load_model",
     "pretrain",
+    "report",
     "resume",
     "sft",
     "stream",

@@ -52,6 +52,9 @@ COMMANDS: dict[str, Entry] = {
     "chat": Entry("chat", "Chat", "talk with a model; its answers appear as they are written"),
     "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
     "agreement": Entry("agreement", "Agreement", "how far labellers agree, what sways them, what to label again"),
+    "report": Entry(
+        "report", "Report", "tell a run on one page: verdict, alarms, curves, samples, where it comes from"
+    ),
     "cache": Entry("cache", "Cache", "list or clear the token files kept between runs"),
     "env": Entry("environment", "Environment", "a report on this machine and installation, to paste into a question"),
 }

@@ -1,0 +1,480 @@
+"""Which charts tell what a run did, and how to read each: for someone who never trained a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A metric in a chart. Its held-out twin, ``eval_`` before its name, is drawn beside it where there is one."""
+
+    metric: str
+    """Its name in metrics.jsonl; with * it stands for all names of that shape."""
+    label: str = ""
+    """In the chart; {} is what * stands for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A chart of metrics."""
+
+    title: str
+    y_title: str
+    lines: tuple[Line, ...]
+    read: str
+    """How to read it, in plain words."""
+    kinds: tuple[str, ...] = ()
+    """Phases that have it; all unless given."""
+    x: str = "step"
+    """The metric along the x axis."""
+    x_title: str = ""
+    levels: tuple[tuple[float, str], ...] = ()
+    """What to compare with."""
+    levels_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of settings or of the verdict's figures that are to be compared with, and what to call them."""
+    cut: bool = False
+    """Cut off the first, untrained steps where they would press the rest to the ground."""
+    folded: bool = False
+    """Of interest to those who look for a fault."""
+
+
+_PAIRS = ("reward", "dpo")
+_ONLINE = ("ppo", "grpo")
+_LN2 = ((math.log(2), "ln 2: a coin"),)
+_CHANCE = ((0.5, "a coin"),)
+
+FIGURES: tuple[Figure, ...] = (
+    # What is rewarded, first of all.
+    Figure(
+        "Scores side by side",
+        "score",
+        (
+            Line("objective/scores", "proxy (trained on)"),
+            Line("objective/judge", "judge"),
+            Line("objective/gold", "gold"),
+        ),
+        "The proxy is what the model is paid for, so it should rise. The judge and gold are not paid for: they tell whether the answers "
+        "really became better. If the proxy climbs while the others fall, the model has found a way to please the scorer instead "
+        "(over-optimisation).",
+        ("ppo", "grpo"),
+    ),
+    Figure(
+        "Reward",
+        "reward",
+        (Line("reward", "mean reward"), Line("rewards/*/mean", "{}")),
+        "What the answers earn on average. It should rise and then level off; noise from step to step is normal, since each step draws new "
+        "answers.",
+        ("grpo",),
+    ),
+    Figure(
+        "Score against distance",
+        "score",
+        (Line("objective/scores", "proxy"), Line("objective/judge", "judge"), Line("objective/gold", "gold")),
+        "To the right the model is further from the one it started as; upwards the scores are better. A good run climbs steeply near the "
+        "left. Where the line bends down again, going further did harm.",
+        _ONLINE,
+        x="objective/kl",
+        x_title="KL to the reference, nats per answer",
+    ),
+    Figure(
+        "Reward against distance",
+        "reward",
+        (Line("reward", "mean reward"),),
+        "To the right the model is further from the one it started as; upwards the rewards are better. A good run climbs steeply near the "
+        "left. Where the line bends down again, going further did harm.",
+        _ONLINE,
+        x="kl",
+        x_title="KL to the reference",
+    ),
+    # The loss.
+    Figure(
+        "Loss",
+        "nats per token",
+        (Line("loss", "training"),),
+        "How surprised the model is by each next token: lower is better. The held-out line is text that it never learned from; when "
+        "that line turns up while training goes on falling, it has begun to learn by heart.",
+        ("pretrain", "sft", "run"),
+        cut=True,
+    ),
+    Figure(
+        "Loss by source",
+        "nats per token",
+        (Line("eval_*_loss", "{}"),),
+        "The held-out loss of each file of examples. A file whose line rises while others fall is being traded away.",
+        ("sft",),
+        cut=True,
+    ),
+    Figure(
+        "Loss",
+        "nats per comparison",
+        (Line("loss", "training"),),
+        "How surprised the reward model is by each judgement. Without any knowledge it is ln 2 = 0.693, a coin's; lower is better. A "
+        "held-out line that rises means it has begun to learn the judgements by heart.",
+        ("reward",),
+        levels=_LN2,
+    ),
+    Figure(
+        "Loss",
+        "loss",
+        (Line("loss", "training"), Line("nll_loss", "of the chosen answers alone")),
+        "What training pushes down. For the plain form it starts at ln 2 = 0.693, where the model has no preference beyond the "
+        "reference's.",
+        ("dpo",),
+    ),
+    # Reward models.
+    Figure(
+        "Pairs ordered as people did",
+        "share of pairs",
+        (Line("accuracy", "training"), Line("accuracy/*", "{}")),
+        "Of two responses, how often the one that people preferred scores higher. A coin gets 0.5. The held-out line counts; it should "
+        "clearly beat the simple rules, and people themselves seldom agree on much more than three pairs of four.",
+        ("reward",),
+        levels=_CHANCE,
+        levels_from={
+            "*length*accuracy": "prefers the longer",
+            "*longer*": "prefers the longer",
+            "*bag_of_words*": "counts words",
+            "*agreement*": "people with each other",
+        },
+    ),
+    Figure(
+        "Margin",
+        "score difference",
+        (Line("margin", "training"), Line("margin_std", "its deviation")),
+        "By how much the preferred response scores higher, on average. It grows while the reward model learns; without end, it has become "
+        "too sure of itself.",
+        ("reward",),
+    ),
+    Figure(
+        "Scores",
+        "score",
+        (Line("mean_reward", "mean"), Line("min_reward", "lowest"), Line("max_reward", "highest")),
+        "The range of scores that it gives. It should open up and stay bounded.",
+        ("reward",),
+        folded=True,
+    ),
+    Figure(
+        "Calibration error",
+        "ECE",
+        (Line("ece", "training"),),
+        "How far its certainty is from being right: of pairs that it is 80 % sure of, 80 % should be right. Below 0.1 is well.",
+        ("reward",),
+        levels=((0.1, "alarm"),),
+    ),
+    # DPO.
+    Figure(
+        "Implicit rewards",
+        "reward",
+        (Line("rewards/chosen", "chosen"), Line("rewards/rejected", "rejected")),
+        "How much more likely than the reference the model has made each answer, times beta. The two should part, the chosen one above. "
+        "If both fall, the model gains its margin by disliking everything that it was shown.",
+        ("dpo",),
+        levels=((0.0, "the reference"),),
+    ),
+    Figure(
+        "Margin of the rewards",
+        "chosen - rejected",
+        (Line("rewards/margins", "training"),),
+        "The distance between the two lines of the figure before. It should rise and level off.",
+        ("dpo",),
+    ),
+    Figure(
+        "Pairs in the right order",
+        "share of pairs",
+        (Line("rewards/accuracies", "training"),),
+        "How often the chosen answer has the higher implicit reward. A coin gets 0.5; held out it seldom goes much beyond what people "
+        "agree on.",
+        ("dpo",),
+        levels=_CHANCE,
+    ),
+    Figure(
+        "Log-probability of both answers",
+        "nats per answer",
+        (Line("logps/chosen", "chosen"), Line("logps/rejected", "rejected")),
+        "How likely the model finds the answers themselves. The rejected one should fall. If the chosen one falls as fast, probability "
+        "goes to answers that nobody judged (likelihood displacement).",
+        ("dpo",),
+    ),
+    # Reinforcement learning.
+    Figure(
+        "Distance from the start (KL)",
+        "nats per answer",
+        (Line("objective/kl", "k1"), Line("objective/kl_k3", "k3")),
+        "How far the model has moved from the one it started as. It should rise and then stay near its target; without end means "
+        "that the scorer is being gamed or kl_coef is too small. The two estimates should agree roughly.",
+        _ONLINE,
+        levels_from={"kl_target": "target"},
+    ),
+    Figure(
+        "Distance from the start (KL)",
+        "nats",
+        (Line("kl", "KL"),),
+        "How far the model has moved from the one it started as. It should rise slowly and level off.",
+        ("dpo", "grpo"),
+    ),
+    Figure(
+        "What is optimised",
+        "reward",
+        (Line("objective/rlhf_reward", "score less KL cost"), Line("objective/non_score_reward", "KL cost")),
+        "PPO raises the score less a price for moving away. The upper line should rise: the gain is worth more than its price.",
+        ("ppo",),
+    ),
+    Figure(
+        "Entropy",
+        "nats",
+        (
+            Line("objective/entropy", "per answer"),
+            Line("policy/entropy_avg", "per token"),
+            Line("entropy", "per token"),
+        ),
+        "How undecided the model is between words: 0 is one fixed answer. A slow fall is normal; a fall to almost nothing means that it "
+        "says the same thing always (collapse).",
+        ("ppo", "grpo", "dpo"),
+    ),
+    Figure(
+        "Length of answers",
+        "tokens",
+        (
+            Line("completions/mean_length", "mean"),
+            Line("completions/mean_terminated_length", "mean of those that ended"),
+        ),
+        "How long the answers are. A drift of more than half with a rising score hints that the scorer likes length itself.",
+        ("ppo", "grpo", "dpo"),
+    ),
+    Figure(
+        "Answers that end by themselves",
+        "share",
+        (
+            Line("completions/eos_rate", "ended"),
+            Line("eos_rate", "ended"),
+            Line("completions/clipped_ratio", "cut off"),
+        ),
+        "Share of the answers that the model ends itself, before the length limit. It should be high and stay so.",
+        (),
+    ),
+    Figure(
+        "Groups without a signal",
+        "share of prompts",
+        (Line("frac_reward_zero_std", "all answers scored alike"),),
+        "Where all answers to a prompt earn the same, nothing can be learned from it. Above 0.8 the prompts are too easy or too hard.",
+        ("grpo",),
+        levels=((0.8, "alarm"),),
+    ),
+    Figure(
+        "Spread of the rewards",
+        "deviation",
+        (Line("reward_std", "reward"), Line("objective/scores_std", "score")),
+        "How much the answers differ in what they earn. At 0 there is nothing to choose between.",
+        _ONLINE,
+        folded=True,
+    ),
+    Figure(
+        "Clipped updates",
+        "share of tokens",
+        (
+            Line("policy/clipfrac_avg", "of all"),
+            Line("policy/clipfrac_low", "below"),
+            Line("policy/clipfrac_high", "above"),
+            Line("clip_ratio/region_mean", "of all"),
+            Line("clip_ratio/low_mean", "below"),
+            Line("clip_ratio/high_mean", "above"),
+        ),
+        "Share of tokens whose probability wanted to move further than one update may. 0.05 to 0.3 is usual; above 0.5 the learning rate "
+        "or the number of passes is too high.",
+        _ONLINE,
+    ),
+    Figure(
+        "Size of an update",
+        "approximate KL",
+        (Line("policy/approxkl_avg", "to the model that sampled"), Line("policy/approxkl_k3", "k3")),
+        "How far one update moves the model. Below 0.02 is calm, above 0.1 is too far.",
+        ("ppo",),
+        levels=((0.1, "alarm"),),
+    ),
+    Figure(
+        "Critic: variance explained",
+        "share",
+        (Line("val/explained_variance", "explained"), Line("explained_variance", "explained")),
+        "How well the critic foresees what an answer will earn: 1 is perfectly, 0 not at all. Below 0 it does harm.",
+        ("ppo",),
+        levels=((0.0, "useless"),),
+    ),
+    Figure(
+        "Critic: loss",
+        "squared error",
+        (Line("loss/value_avg", "value loss"),),
+        "The critic's mistakes. It should fall, or stay low while the scores change.",
+        ("ppo",),
+    ),
+    Figure(
+        "Diversity of answers",
+        "share",
+        (Line("completions/distinct_2", "different word pairs"), Line("completions/repetition", "repeated pairs")),
+        "Of all pairs of neighbouring tokens, how many are different ones, and how many repeat within an answer. A fall of the first or a "
+        "rise of the second is the model repeating itself.",
+        _ONLINE,
+    ),
+    Figure(
+        "Score and length",
+        "correlation",
+        (Line("objective/score_length_correlation", "correlation"),),
+        "1 would mean that the score is nothing but length. Above 0.5 is a warning.",
+        _ONLINE,
+        levels=((0.5, "alarm"),),
+        folded=True,
+    ),
+    # For all that predict tokens.
+    Figure(
+        "Tokens foreseen",
+        "share of tokens",
+        (Line("mean_token_accuracy", "training"),),
+        "How often the model's first guess of the next token is the right one. 1 is impossible where many continuations are good.",
+        ("sft",),
+    ),
+    Figure(
+        "Entropy",
+        "nats per token",
+        (Line("entropy", "training"),),
+        "How undecided the model is between words. It usually falls with the loss; far below the loss, the model is surer than it is right.",
+        ("sft",),
+        folded=True,
+    ),
+    # For all.
+    Figure(
+        "Learning rate",
+        "per step",
+        (Line("learning_rate", "learning rate"), Line("lr", "learning rate")),
+        "How large a step training takes each time: a warm-up, then a fall, as planned.",
+        folded=True,
+    ),
+    Figure(
+        "KL coefficient",
+        "coefficient",
+        (Line("objective/kl_coef", "kl_coef"), Line("kl_coef", "kl_coef")),
+        "The price of moving away from the start. Where a target is set, it is raised and lowered to hold it.",
+        _ONLINE,
+        folded=True,
+    ),
+    Figure(
+        "Gradient norm",
+        "norm",
+        (Line("grad_norm", "of all"), Line("grad_norm/*", "{}"), Line("*_grad_norm", "{}")),
+        "How hard each step pulls. Single peaks are cut off and do no harm; a steady rise is the beginning of trouble.",
+        folded=True,
+        cut=True,
+    ),
+    Figure(
+        "Speed",
+        "tokens per second",
+        (Line("time/tokens_per_s", "tokens per second"),),
+        "How fast the run went on its machine. Dips are evaluations, checkpoints, or other work of the machine.",
+        folded=True,
+    ),
+)
+
+_REWARDED = (
+    ("objective/scores", "score by the proxy"),
+    ("objective/judge", "score by the judge"),
+    ("objective/gold", "score by gold"),
+    ("objective/kl", "KL to the reference, nats per answer"),
+    ("completions/mean_length", "tokens of an answer"),
+    ("objective/entropy", "entropy, nats per answer"),
+)
+
+HEADLINES: Mapping[str, Sequence[tuple[str, str]]] = {
+    "pretrain": (("loss", "loss, nats per token"),),
+    "sft": (
+        ("loss", "loss, nats per token"),
+        ("mean_token_accuracy", "tokens foreseen"),
+        ("eos_rate", "answers that end by themselves"),
+    ),
+    "reward": (
+        ("accuracy", "pairs ordered as people did"),
+        ("loss", "loss (a coin: 0.693)"),
+        ("ece", "calibration error"),
+        ("margin", "margin between the two scores"),
+    ),
+    "dpo": (
+        ("rewards/accuracies", "pairs in the right order"),
+        ("rewards/margins", "margin of the implicit rewards"),
+        ("logps/chosen", "log-probability of chosen answers"),
+        ("logps/rejected", "log-probability of rejected answers"),
+        ("kl", "KL to the reference"),
+    ),
+    "ppo": _REWARDED,
+    "grpo": (
+        ("reward", "mean reward"),
+        *_REWARDED,
+        ("kl", "KL to the reference"),
+        ("frac_reward_zero_std", "groups without a signal"),
+    ),
+}
+"""Metrics whose first and last value say most, and what to call them; held-out ones where there are any."""
+
+PHASES: Mapping[str, tuple[str, str]] = {
+    "pretrain": (
+        "Pretraining",
+        "A network read raw text and learned to predict the next token. It can continue a text; it was taught nothing about what is true "
+        "or wanted.",
+    ),
+    "sft": (
+        "Supervised fine-tuning",
+        "A pretrained model was shown demonstrations, questions with good answers, and learned to answer in their manner.",
+    ),
+    "reward": (
+        "Reward model",
+        "People compared responses. From their judgements a model learned to give each response a score, so that what people prefer "
+        "scores higher. The score then stands in for people when the next model is trained.",
+    ),
+    "dpo": (
+        "Preference optimisation",
+        "The model saw pairs of answers of which people preferred one, and learned to make that one more likely than the other, without a "
+        "reward model in between.",
+    ),
+    "ppo": (
+        "Reinforcement learning (PPO)",
+        "The model wrote answers, a reward scored them, and what scored well became a little more likely, again and again, at a price "
+        "for moving away from the model that it started as.",
+    ),
+    "grpo": (
+        "Reinforcement learning in groups",
+        "The model wrote several answers to each prompt; those that earned more than the others of their group became a little more "
+        "likely, again and again.",
+    ),
+    "run": ("Training run", "What kind of run this was is not recorded."),
+}
+"""For each kind of run its name and what happened in it."""
+
+LENGTH_BINS = ("eval_accuracy/length*", "accuracy/length*", "eval_*accuracy*length*bin*", "*length_bin*")
+"""Names of accuracies by the difference of lengths."""
+CALIBRATION = ("eval_calibration/*", "calibration/*", "*reliability*/*")
+"""Names of the share that is right, by how sure the model was."""
+
+
+def expand(line: Line, names: Sequence[str]) -> list[Line]:
+    """The lines of a chart that a run has metrics for, each with its held-out twin."""
+    found = []
+    before, _, after = line.metric.partition("*")
+    if "*" in line.metric:
+        bins = {name for pattern in (*LENGTH_BINS, *CALIBRATION) for name in fnmatch.filter(names, pattern)}
+        own = dict.fromkeys(
+            name if line.metric.startswith("eval_") else name.removeprefix("eval_")
+            for name in names
+            if name not in bins
+        )
+        metrics = fnmatch.filter(own, line.metric)
+    else:
+        metrics = [line.metric]
+    for metric in metrics:
+        middle = metric[len(before) : len(metric) - len(after)] if "*" in line.metric else ""
+        label = (line.label or metric).replace("{}", middle)
+        if metric in names:
+            found.append(Line(metric, label))
+        if f"eval_{metric}" in names:
+            held_out = "held out" if label == "training" else f"{label}, held out"
+            found.append(Line(f"eval_{metric}", held_out))
+    return found
