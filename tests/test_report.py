@@ -128,7 +128,7 @@ def family(tmp_path: Path) -> Path:
         verdict={
             "passed": True,
             "sentences": ["Orders 71 %."],
-            "figures": {"length_accuracy": 0.58, "agreement": 0.76},
+            "figures": {"accuracy_longer_wins": 0.58, "people_agreement": 0.76},
         },
     )
     told.write_run(
@@ -241,11 +241,11 @@ def test_a_reward_model_stands_beside_its_baselines_and_bins(family):
     levels = {level["name"]: level["y"] for level in figures["Pairs ordered as people did"]["levels"]}
     assert levels == {"a coin": 0.5, "prefers the longer": 0.58, "people with each other": 0.76}
     assert {"helpful, held out", "harmless, held out"} <= {
-        one["name"] for one in figures["Pairs ordered as people did"]["series"]
+        one["name"] for one in figures["Pairs ordered as people did, by criterion"]["series"]
     }
     last = [line for line in told.reward_lines() if "eval_loss" in line][-1]
     bars = figures["Right by difference of lengths"]["bars"]
-    assert [bar["name"] for bar in bars] == ["much shorter", "shorter", "alike", "longer", "much longer"]
+    assert [bar["name"] for bar in bars] == ["much shorter", "shorter", "similar", "longer", "much longer"]
     assert [bar["value"] for bar in bars] == [last[bar["metric"]] for bar in bars]
 
 
@@ -578,7 +578,7 @@ def test_the_trend_is_a_mean_of_neighbours(values):
 @hypothesis.given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9), st.integers(2, 12))
 def test_ticks_are_round_few_and_enclose(a, b, most):
     low, high = min(a, b), max(a, b)
-    hypothesis.assume(high == low or high - low > 1e-6 * max(abs(low), abs(high)))
+    hypothesis.assume(high == low or high - low > 1e-5 * max(abs(low), abs(high)))
     found = charts.ticks(low, high, most)
     assert found[0] <= low + 1e-6 * (found[1] - found[0])
     assert found[-1] >= high - 1e-6 * (found[1] - found[0])
@@ -676,7 +676,7 @@ def test_runs_as_the_phases_leave_them(tmp_path):
         }  # fmt: skip
         assert {"Network", "Learned from", "Took", "Machine", "Versions"} <= {row["label"] for row in report["summary"]}
         given = {name for name, value in config.to_dict().items() if value != getattr(type(config)(), name)}
-        changed = {row["name"] for row in report["settings"] if row["changed"]}
+        changed = {row["name"].partition(".")[0] for row in report["settings"] if row["changed"]}
         assert changed == given
         looks = report["samples"]["prompts"][0]["looks"]
         assert (looks[0]["step"], looks[-1]["step"]) == (0, steps)

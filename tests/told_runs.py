@@ -108,11 +108,11 @@ def reward_lines() -> list[dict[str, Any]]:
                     "eval_accuracy/harmless": 0.5 + 0.18 * share,
                 }
                 | {
-                    f"eval_accuracy/length_bin_{name}": 0.5 + value * share
+                    f"eval_accuracy_when_{name}": 0.5 + value * share
                     for name, value in (
                         ("much_shorter", 0.18),
                         ("shorter", 0.2),
-                        ("alike", 0.22),
+                        ("similar", 0.22),
                         ("longer", 0.23),
                         ("much_longer", 0.26),
                     )

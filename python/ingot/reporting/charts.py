@@ -200,13 +200,15 @@ def draw_chart(
                 f'<circle class="sign" cx="{x:.1f}" cy="{top - 0.55 * font:.1f}" r="{0.75 * font:.1f}" fill="#b3261e"/>'
             )
             parts.append(_text(x, top - 0.2 * font, mark.sign, size=0.9 * font, color="#fff", kind="onsign"))
-    # A picture within the picture cuts off what is above y_top.
-    inner = f'x="0" y="{top - 3:.1f}" width="{frame.width:g}" height="{bottom - top + 6:.1f}"'
-    view = f'viewBox="0 {top - 3:.1f} {frame.width:g} {bottom - top + 6:.1f}"'
-    parts.append(f'<svg {inner} {view} overflow="hidden">')
-    for one, (_, look) in zip(series, named, strict=True):
-        parts += _draw_series(one, look, across, down)
-    parts.append("</svg>")
+    lines = [
+        shape for one, (_, look) in zip(series, named, strict=True) for shape in _draw_series(one, look, across, down)
+    ]
+    if y_top is not None:
+        # A picture within the picture cuts off what is above.
+        box = f"0 {top - 3:.1f} {frame.width:g} {bottom - top + 6:.1f}"
+        size = f'y="{top - 3:.1f}" width="{frame.width:g}" height="{bottom - top + 6:.1f}"'
+        lines = [f'<svg {size} viewBox="{box}" overflow="hidden">', *lines, "</svg>"]
+    parts += lines
     parts += _draw_levels([level for level in levels if y_low <= level.y <= y_high], frame, down)
     for one, (name, index), (x, row) in zip(series, named, keys, strict=True):
         y = bottom + font * (4.8 + 1.65 * row)
@@ -242,7 +244,8 @@ def draw_bars(
     for y in y_ticks:
         parts.append(_line(frame.left, down(y), frame.right, down(y), "grid", "#dfe3e8"))
         parts.append(_text(frame.left - 0.6 * font, down(y) + 0.35 * font, label(y, y_ticks), anchor="end"))
-    each = (frame.right - frame.left) / max(1, len(bars))
+    # Room at the right for the names of levels.
+    each = (frame.right - frame.left - (3.5 * font if levels else 0)) / max(1, len(bars))
     for number, (name, value) in enumerate(bars):
         x = frame.left + each * (number + 0.5)
         width = min(0.7 * each, 5 * font)
@@ -274,9 +277,10 @@ def ticks(low: float, high: float, most: int = 8) -> list[float]:
 def label(value: float, among: Sequence[float]) -> str:
     """With as many decimals as tell neighbours apart; very small and very large ones with a power of ten."""
     step = among[1] - among[0]
-    if step < 1e-4 or abs(among[-1]) >= 1e7:
-        return f"{value:.{1 if round(value / 10.0 ** math.floor(math.log10(step))) % 10 else 0}e}" if value else "0"
-    return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    place = math.floor(math.log10(step) + 1e-9)
+    if value and (step < 1e-4 or max(abs(among[0]), abs(among[-1])) >= 1e7):
+        return f"{value:.{max(0, math.floor(math.log10(abs(value)) + 1e-9) - place)}e}"
+    return f"{value:,.{max(0, -place)}f}" if step >= 1e-4 else "0"
 
 
 def rows_of(series: Sequence[Series], limit: int = 40) -> list[tuple[float, list[float | None]]]:

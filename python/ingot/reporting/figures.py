@@ -16,6 +16,8 @@ class Line:
     """Its name in metrics.jsonl; with * it stands for all names of that shape."""
     label: str = ""
     """In the chart; {} is what * stands for."""
+    held_out: str = ""
+    """Name of the held-out twin where it is another one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,23 @@ class Figure:
     """Cut off the first, untrained steps where they would press the rest to the ground."""
     folded: bool = False
     """Of interest to those who look for a fault."""
+    alarms: tuple[str, ...] = ()
+    """Names of alarms that speak of it without naming a metric; * stands for anything."""
 
 
 _PAIRS = ("reward", "dpo")
 _ONLINE = ("ppo", "grpo")
 _LN2 = ((math.log(2), "ln 2: a coin"),)
 _CHANCE = ((0.5, "a coin"),)
+
+
+def _scores(proxy: str) -> tuple[Line, ...]:
+    return (
+        Line("objective/scores", proxy, "eval_score"),
+        Line("objective/judge", "judge", "eval_judge"),
+        Line("objective/gold", "gold", "eval_gold"),
+    )
+
 
 FIGURES: tuple[Figure, ...] = (
     # What is rewarded, first of all.
@@ -61,6 +74,7 @@ FIGURES: tuple[Figure, ...] = (
         "really became better. If the proxy climbs while the others fall, the model has found a way to please the scorer instead "
         "(over-optimisation).",
         ("ppo", "grpo"),
+        alarms=("over-optimisation*",),
     ),
     Figure(
         "Reward",
@@ -73,7 +87,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "Score against distance",
         "score",
-        (Line("objective/scores", "proxy"), Line("objective/judge", "judge"), Line("objective/gold", "gold")),
+        _scores("proxy"),
         "To the right the model is further from the one it started as; upwards the scores are better. A good run climbs steeply near the "
         "left. Where the line bends down again, going further did harm.",
         _ONLINE,
@@ -129,22 +143,30 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "Pairs ordered as people did",
         "share of pairs",
-        (Line("accuracy", "training"), Line("accuracy/*", "{}")),
+        (Line("accuracy", "training"),),
         "Of two responses, how often the one that people preferred scores higher. A coin gets 0.5. The held-out line counts; it should "
         "clearly beat the simple rules, and people themselves seldom agree on much more than three pairs of four.",
         ("reward",),
         levels=_CHANCE,
         levels_from={
-            "*length*accuracy": "prefers the longer",
-            "*longer*": "prefers the longer",
-            "*bag_of_words*": "counts words",
-            "*agreement*": "people with each other",
+            "accuracy_longer_wins": "prefers the longer",
+            "accuracy_shorter_wins": "prefers the shorter",
+            "accuracy_bag_of_words": "counts words",
+            "people_agreement": "people with each other",
         },
+    ),
+    Figure(
+        "Pairs ordered as people did, by criterion",
+        "share of held-out pairs",
+        (Line("eval_accuracy/*", "{}, held out"),),
+        "The same for each thing that people judged. One may be learned well and another not at all.",
+        ("reward",),
+        levels=_CHANCE,
     ),
     Figure(
         "Margin",
         "score difference",
-        (Line("margin", "training"), Line("margin_std", "its deviation")),
+        (Line("margin", "training"), Line("eval_margin_std", "its deviation, held out")),
         "By how much the preferred response scores higher, on average. It grows while the reward model learns; without end, it has become "
         "too sure of itself.",
         ("reward",),
@@ -164,6 +186,15 @@ FIGURES: tuple[Figure, ...] = (
         "How far its certainty is from being right: of pairs that it is 80 % sure of, 80 % should be right. Below 0.1 is well.",
         ("reward",),
         levels=((0.1, "alarm"),),
+    ),
+    Figure(
+        "Score and length",
+        "correlation",
+        (Line("length_correlation", "correlation"), Line("length_slope", "gain of longer answers")),
+        "1 would mean that the score is nothing but length, -1 the opposite. Above 0.5, or where it is right far more often when the better "
+        "answer is the longer one, it has learned length instead of quality.",
+        ("reward",),
+        levels=((0.5, "alarm"),),
     ),
     # DPO.
     Figure(
@@ -185,11 +216,12 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "Pairs in the right order",
         "share of pairs",
-        (Line("rewards/accuracies", "training"),),
+        (Line("rewards/accuracies", "training"), Line("accuracy", "all pairs")),
         "How often the chosen answer has the higher implicit reward. A coin gets 0.5; held out it seldom goes much beyond what people "
         "agree on.",
         ("dpo",),
         levels=_CHANCE,
+        levels_from={"eval_length_accuracy": "prefers the longer", "eval_start_accuracy": "the model at the start"},
     ),
     Figure(
         "Log-probability of both answers",
@@ -203,11 +235,12 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "Distance from the start (KL)",
         "nats per answer",
-        (Line("objective/kl", "k1"), Line("objective/kl_k3", "k3")),
+        (Line("objective/kl", "k1", "eval_kl"), Line("objective/kl_k3", "k3")),
         "How far the model has moved from the one it started as. It should rise and then stay near its target; without end means "
         "that the scorer is being gamed or kl_coef is too small. The two estimates should agree roughly.",
         _ONLINE,
         levels_from={"kl_target": "target"},
+        alarms=("KL*",),
     ),
     Figure(
         "Distance from the start (KL)",
@@ -219,7 +252,10 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "What is optimised",
         "reward",
-        (Line("objective/rlhf_reward", "score less KL cost"), Line("objective/non_score_reward", "KL cost")),
+        (
+            Line("objective/rlhf_reward", "score less KL cost", "eval_objective"),
+            Line("objective/non_score_reward", "KL cost"),
+        ),
         "PPO raises the score less a price for moving away. The upper line should rise: the gain is worth more than its price.",
         ("ppo",),
     ),
@@ -239,8 +275,11 @@ FIGURES: tuple[Figure, ...] = (
         "Length of answers",
         "tokens",
         (
-            Line("completions/mean_length", "mean"),
+            Line("completions/mean_length", "mean", "eval_mean_length"),
+            Line("eval_completions/mean_length", "mean, held out"),
             Line("completions/mean_terminated_length", "mean of those that ended"),
+            Line("lengths/chosen", "chosen"),
+            Line("lengths/rejected", "rejected"),
         ),
         "How long the answers are. A drift of more than half with a rising score hints that the scorer likes length itself.",
         ("ppo", "grpo", "dpo"),
@@ -270,6 +309,7 @@ FIGURES: tuple[Figure, ...] = (
         (Line("reward_std", "reward"), Line("objective/scores_std", "score")),
         "How much the answers differ in what they earn. At 0 there is nothing to choose between.",
         _ONLINE,
+        alarms=("no signal",),
         folded=True,
     ),
     Figure(
@@ -302,6 +342,7 @@ FIGURES: tuple[Figure, ...] = (
         "How well the critic foresees what an answer will earn: 1 is perfectly, 0 not at all. Below 0 it does harm.",
         ("ppo",),
         levels=((0.0, "useless"),),
+        alarms=("useless critic",),
     ),
     Figure(
         "Critic: loss",
@@ -313,7 +354,10 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "Diversity of answers",
         "share",
-        (Line("completions/distinct_2", "different word pairs"), Line("completions/repetition", "repeated pairs")),
+        (
+            Line("completions/distinct_2", "different word pairs", "eval_distinct_2"),
+            Line("completions/repetition", "repeated pairs", "eval_repetition"),
+        ),
         "Of all pairs of neighbouring tokens, how many are different ones, and how many repeat within an answer. A fall of the first or a "
         "rise of the second is the model repeating itself.",
         _ONLINE,
@@ -324,6 +368,7 @@ FIGURES: tuple[Figure, ...] = (
         (Line("objective/score_length_correlation", "correlation"),),
         "1 would mean that the score is nothing but length. Above 0.5 is a warning.",
         _ONLINE,
+        alarms=("length is rewarded",),
         levels=((0.5, "alarm"),),
         folded=True,
     ),
@@ -344,6 +389,13 @@ FIGURES: tuple[Figure, ...] = (
         folded=True,
     ),
     # For all.
+    Figure(
+        "Pretraining text",
+        "bits per byte",
+        (Line("eval_ptx_bpb", "held out"),),
+        "How well the model still predicts plain text. A rise is the price of alignment; above 0.1 more than at the start is an alarm.",
+        alarms=("alignment tax",),
+    ),
     Figure(
         "Learning rate",
         "per step",
@@ -377,43 +429,43 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 _REWARDED = (
-    ("objective/scores", "score by the proxy"),
-    ("objective/judge", "score by the judge"),
-    ("objective/gold", "score by gold"),
-    ("objective/kl", "KL to the reference, nats per answer"),
-    ("completions/mean_length", "tokens of an answer"),
-    ("objective/entropy", "entropy, nats per answer"),
+    ("eval_score|objective/scores", "score by the proxy"),
+    ("eval_judge|objective/judge", "score by the judge"),
+    ("eval_gold|objective/gold", "score by gold"),
+    ("eval_kl|objective/kl", "KL to the reference, nats per answer"),
+    ("eval_mean_length|completions/mean_length", "tokens of an answer"),
+    ("eval_entropy|entropy", "entropy, nats per token"),
 )
 
 HEADLINES: Mapping[str, Sequence[tuple[str, str]]] = {
-    "pretrain": (("loss", "loss, nats per token"),),
+    "pretrain": (("eval_loss|loss", "loss, nats per token"),),
     "sft": (
-        ("loss", "loss, nats per token"),
-        ("mean_token_accuracy", "tokens foreseen"),
-        ("eos_rate", "answers that end by themselves"),
+        ("eval_loss|loss", "loss, nats per token"),
+        ("eval_mean_token_accuracy|mean_token_accuracy", "tokens foreseen"),
+        ("eval_eos_rate|eos_rate", "answers that end by themselves"),
     ),
     "reward": (
-        ("accuracy", "pairs ordered as people did"),
-        ("loss", "loss (a coin: 0.693)"),
-        ("ece", "calibration error"),
-        ("margin", "margin between the two scores"),
+        ("eval_accuracy|accuracy", "pairs ordered as people did"),
+        ("eval_loss|loss", "loss (a coin: 0.693)"),
+        ("eval_ece|ece", "calibration error"),
+        ("eval_margin|margin", "margin between the two scores"),
     ),
     "dpo": (
-        ("rewards/accuracies", "pairs in the right order"),
-        ("rewards/margins", "margin of the implicit rewards"),
-        ("logps/chosen", "log-probability of chosen answers"),
-        ("logps/rejected", "log-probability of rejected answers"),
-        ("kl", "KL to the reference"),
+        ("eval_rewards/accuracies|rewards/accuracies", "pairs in the right order"),
+        ("eval_rewards/margins|rewards/margins", "margin of the implicit rewards"),
+        ("eval_logps/chosen|logps/chosen", "log-probability of chosen answers"),
+        ("eval_logps/rejected|logps/rejected", "log-probability of rejected answers"),
+        ("eval_kl|kl", "KL to the reference"),
     ),
     "ppo": _REWARDED,
     "grpo": (
         ("reward", "mean reward"),
         *_REWARDED,
-        ("kl", "KL to the reference"),
+        ("eval_kl|kl", "KL to the reference"),
         ("frac_reward_zero_std", "groups without a signal"),
     ),
 }
-"""Metrics whose first and last value say most, and what to call them; held-out ones where there are any."""
+"""Metrics whose first and last value say most (of several names, the first that a run has), and what to call them."""
 
 PHASES: Mapping[str, tuple[str, str]] = {
     "pretrain": (
@@ -449,32 +501,21 @@ PHASES: Mapping[str, tuple[str, str]] = {
 }
 """For each kind of run its name and what happened in it."""
 
-LENGTH_BINS = ("eval_accuracy/length*", "accuracy/length*", "eval_*accuracy*length*bin*", "*length_bin*")
-"""Names of accuracies by the difference of lengths."""
-CALIBRATION = ("eval_calibration/*", "calibration/*", "*reliability*/*")
-"""Names of the share that is right, by how sure the model was."""
+BINS = ("eval_accuracy_when_*", "accuracy_when_*")
+"""Names of accuracies by difference of length, of a criterion where a slash and its name follow."""
 
 
 def expand(line: Line, names: Sequence[str]) -> list[Line]:
     """The lines of a chart that a run has metrics for, each with its held-out twin."""
     found = []
     before, _, after = line.metric.partition("*")
-    if "*" in line.metric:
-        bins = {name for pattern in (*LENGTH_BINS, *CALIBRATION) for name in fnmatch.filter(names, pattern)}
-        own = dict.fromkeys(
-            name if line.metric.startswith("eval_") else name.removeprefix("eval_")
-            for name in names
-            if name not in bins
-        )
-        metrics = fnmatch.filter(own, line.metric)
-    else:
-        metrics = [line.metric]
-    for metric in metrics:
+    own = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in BINS)]
+    for metric in fnmatch.filter(own, line.metric) if "*" in line.metric else [line.metric]:
         middle = metric[len(before) : len(metric) - len(after)] if "*" in line.metric else ""
         label = (line.label or metric).replace("{}", middle)
         if metric in names:
             found.append(Line(metric, label))
-        if f"eval_{metric}" in names:
-            held_out = "held out" if label == "training" else f"{label}, held out"
-            found.append(Line(f"eval_{metric}", held_out))
+        twin = line.held_out or f"eval_{metric}"
+        if twin in names:
+            found.append(Line(twin, "held out" if label == "training" else f"{label}, held out"))
     return found

@@ -91,11 +91,11 @@ def data_of(record: Record) -> list[str]:
     for key, words in (
         ("num_documents", "documents"),
         ("num_rows", "rows"),
-        ("num_pairs", "pairs"),
-        ("num_groups", "ranked lists"),
-        ("num_prompts", "prompts"),
+        ("num_train_pairs", "pairs to learn from"),
         ("num_tokens", "tokens"),
-        ("num_held_out", "held out"),
+        ("train_tokens", "tokens to learn from"),
+        ("num_held_out", "rows held out"),
+        ("num_held_out_pairs", "pairs held out"),
     ):
         value = facts.get(key)
         if isinstance(value, int) and not isinstance(value, bool):

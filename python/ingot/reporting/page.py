@@ -106,14 +106,14 @@ def figure(value: object) -> str:
 def _series(told: Mapping[str, Any]) -> list[Series]:
     """Its lines. Where several things are drawn, each has one colour, in training and held out; what is held out has dots."""
     each = told["series"]
-    things = list(dict.fromkeys(one["metric"].removeprefix("eval_") for one in each))
+    things = list(dict.fromkeys(one["name"].removesuffix(", held out") for one in each))
     by_thing = len(things) > 1 and len(things) < len(each)
     return [
         Series(
             visible(one["name"]),
             one["points"],
             dots=one["metric"].startswith("eval_") or len(one["points"]) == 1,
-            look=things.index(one["metric"].removeprefix("eval_")) if by_thing else None,
+            look=things.index(one["name"].removesuffix(", held out")) if by_thing else None,
         )
         for one in each
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ingot.feedback.display import visible
 from ingot.reporting.charts import finite, points_of
-from ingot.reporting.figures import CALIBRATION, FIGURES, HEADLINES, LENGTH_BINS, PHASES, Figure, expand
+from ingot.reporting.figures import BINS, FIGURES, HEADLINES, PHASES, Figure, expand
 from ingot.reporting.lineage import ancestry, data_of, judge_is_proxy, model_of, sources_of
 from ingot.reporting.records import Record, mapping, read_record
 from ingot.reporting.settings import settings_of
@@ -22,6 +22,7 @@ _MOST_OTHERS = 40
 _COUNTERS = ("epoch", "tokens", "episode")
 _MINIMISED = {"pretrain": "tokens", "sft": "tokens"}
 """Phases whose losses can be compared."""
+_BIN_ORDER = {name: place for place, name in enumerate(("much shorter", "shorter", "similar", "longer", "much longer"))}
 
 
 def tell_run(folder: str | Path) -> dict[str, Any]:
@@ -154,11 +155,12 @@ def tell_summary(record: Record) -> list[dict[str, str]]:
 def tell_headlines(record: Record) -> list[dict[str, Any]]:
     """The first and the last value of the metrics that say most about such a run; of the training lines where nothing was held out."""
     found = []
-    for metric, label in HEADLINES.get(record.kind, (("loss", "loss"),)):
-        for name, where in ((f"eval_{metric}", ", held out"), (metric, "")):
+    for metrics, label in HEADLINES.get(record.kind, (("eval_loss|loss", "loss"),)):
+        for name in metrics.split("|"):
             points = points_of(record.metrics, name)
             if points:
                 (first_step, first), (last_step, last) = points[0], points[-1]
+                where = ", held out" if name.startswith("eval_") else ""
                 found.append(
                     {
                         "metric": name,
@@ -188,7 +190,7 @@ def tell_figures(record: Record, alarms: Sequence[Mapping[str, Any]]) -> list[di
     names = metric_names(record)
     left = dict.fromkeys(names)
     for name in list(left):
-        if any(fnmatch.fnmatch(name, pattern) for pattern in (*LENGTH_BINS, *CALIBRATION)):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in BINS):
             del left[name]
     drawn = []
     for figure in FIGURES:
@@ -197,14 +199,13 @@ def tell_figures(record: Record, alarms: Sequence[Mapping[str, Any]]) -> list[di
         lines = [line for entry in figure.lines for line in expand(entry, names)]
         series = []
         for line in lines:
-            x = _x_of(figure, line.metric)
+            x = _x_of(figure, line.metric, names)
             points = points_of(record.metrics, line.metric, x)
             if points and not (figure.x != "step" and len(points) < 2):
                 series.append(
                     {"name": _named(record, line.metric, line.label), "metric": line.metric, "points": points}
                 )
             left.pop(line.metric, None)
-        left.pop(figure.x, None)
         if series:
             drawn.append(_figure(figure, series, _levels(figure, record)))
     for name in list(left)[:_MOST_OTHERS]:
@@ -218,45 +219,29 @@ def tell_figures(record: Record, alarms: Sequence[Mapping[str, Any]]) -> list[di
 
 
 def tell_bars(record: Record) -> list[dict[str, Any]]:
-    """Of a reward model: how often it is right by the difference of lengths, and by how sure it was."""
-    found = []
-    for patterns, title, read in (
-        (
-            LENGTH_BINS,
-            "Right by difference of lengths",
-            "How often the preferred response scores higher, by how much longer or shorter it is than the other. The bars should be "
+    """Of a reward model: how often it is right by the difference of lengths, for each criterion."""
+    names = metric_names(record)
+    pattern = next((pattern for pattern in BINS if fnmatch.filter(names, pattern)), None)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name in fnmatch.filter(names, pattern) if pattern else ():
+        of_bin, _, criterion = name.partition("/")
+        words = of_bin.partition("_when_")[2].replace("_", " ")
+        value = record.last(name)
+        groups.setdefault(criterion, []).append({"name": words, "metric": name, "value": value})
+    return [
+        {
+            "kind": "bars",
+            "title": "Right by difference of lengths" + (f": {criterion}" if criterion else ""),
+            "y_title": "share of pairs",
+            "x_title": "",
+            "read": "How often the preferred response scores higher, by how much longer or shorter it is than the other one. The bars should be "
             "about equally high; a slope means that the scorer has learned length instead of quality.",
-        ),
-        (
-            CALIBRATION,
-            "Right by how sure it was",
-            "Pairs sorted by how sure the reward model was; the bar is how often it was right. It should rise from one half on the left "
-            "to nearly one on the right.",
-        ),
-    ):
-        names = metric_names(record)
-        for pattern in patterns:
-            matching = fnmatch.filter(names, pattern)
-            bars = []
-            for name in matching:
-                value = record.last(name)
-                if value is not None:
-                    bars.append({"name": words_of_name(name), "metric": name, "value": value})
-            if bars:
-                found.append(
-                    {
-                        "kind": "bars",
-                        "title": title,
-                        "y_title": "share of pairs",
-                        "x_title": "",
-                        "read": read,
-                        "bars": bars,
-                        "levels": [{"y": 0.5, "name": "a coin"}],
-                        "folded": False,
-                    }
-                )
-                break
-    return found
+            "bars": sorted(bars, key=lambda bar: _BIN_ORDER.get(bar["name"], len(_BIN_ORDER))),
+            "levels": [{"y": 0.5, "name": "a coin"}],
+            "folded": bool(criterion),
+        }
+        for criterion, bars in groups.items()
+    ]
 
 
 def tell_samples(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -271,12 +256,18 @@ def tell_samples(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     by_prompt: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for line in lines:
         step = finite(line.get("step"))
-        if step is None or "completion" not in line:
+        if step is None:
             continue
         looks = by_prompt.setdefault(words(line.get("prompt")), {})
-        known = ("step", "prompt", "completion")
-        facts = {name: value for name, value in line.items() if name not in known and value is not None}
-        looks.setdefault(step, []).append({"text": words(line["completion"]), "facts": facts})
+        if "completion" in line:
+            known = ("step", "prompt", "completion", "before")
+            facts = {name: value for name, value in line.items() if name not in known and value is not None}
+            looks.setdefault(step, []).append({"text": words(line["completion"]), "facts": facts})
+            if "before" in line and step > 0:
+                looks.setdefault(0.0, [{"text": words(line["before"]), "facts": {}}])
+        elif isinstance(line.get("responses"), list):
+            looks.setdefault(step, []).extend(_scored(line))
+    by_prompt = {prompt: looks for prompt, looks in by_prompt.items() if looks}
     steps = sorted({step for looks in by_prompt.values() for step in looks})
     told = []
     # Prompts that were there to the end first: those show what changed.
@@ -328,8 +319,9 @@ def overlaid(records: Sequence[Record], names: Sequence[str]) -> Iterator[dict[s
     order = {line.metric: number for number, figure in reversed(list(enumerate(FIGURES))) for line in figure.lines}
     for figure in FIGURES:
         for line in figure.lines if figure.x != "step" else ():
-            for metric in (line.metric, f"eval_{line.metric}"):
-                series = _of_all(records, names, metric, _x_of(figure, metric))
+            for metric in (line.metric, line.held_out or f"eval_{line.metric}"):
+                every = [name for record in records for name in metric_names(record)]
+                series = _of_all(records, names, metric, _x_of(figure, metric, every))
                 if len(series) > 1:
                     yield _figure(dataclasses.replace(figure, title=f"{figure.title}: {line.label}"), series, [])
     groups: dict[tuple[str, str], list[int]] = {}
@@ -372,16 +364,6 @@ def words(value: object) -> str:
     return visible(json.dumps(value, ensure_ascii=False))
 
 
-def words_of_name(name: str) -> str:
-    """The last part of a metric's name, without what all of its kind have, in words.
-
-    >>> words_of_name("eval_accuracy/length_bin_much_longer")
-    'much longer'
-    """
-    last = name.rpartition("/")[2]
-    return re.sub(r"^(length_bin|length|bin|confidence)_(?=.)", "", last).replace("_", " ")
-
-
 def words_of_time(seconds: float) -> str:
     """Seconds for a person.
 
@@ -405,6 +387,25 @@ def flat(facts: Mapping[str, Any], before: str = "") -> list[dict[str, Any]]:
         else:
             rows.append({"name": f"{before}{name}", "value": value})
     return rows
+
+
+def _scored(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Responses of a reward model's sample, with its scores and the ranks that people gave."""
+    told: list[dict[str, Any]] = [{"text": words(response), "facts": {}} for response in line["responses"]]
+    for one, scores in zip(told, _list(line.get("scores")), strict=False):
+        one["facts"] |= mapping(scores)
+    judgements = [mapping(each) for each in _list(line.get("judgements"))]
+    for judgement in judgements[::-1]:
+        criterion = judgement.get("criterion")
+        name = "rank" if len({each.get("criterion") for each in judgements}) == 1 else f"rank, {criterion}"
+        for number, rank in zip(_list(judgement.get("responses")), _list(judgement.get("ranks")), strict=False):
+            if isinstance(number, int) and 0 <= number < len(told):
+                told[number]["facts"][name] = rank
+    return told
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _some(steps: Sequence[float]) -> list[float]:
@@ -435,25 +436,30 @@ def _figure(figure: Figure, series: Sequence[Mapping[str, Any]], levels: list[di
         "marks": [],
         "cut": figure.cut,
         "folded": figure.folded,
+        "alarms": list(figure.alarms),
         "over_steps": figure.x == "step",
     }
 
 
 def _named(record: Record, metric: str, label: str) -> str:
     """A judge that is what was trained against is called what it is."""
-    if not metric.endswith("objective/judge") or not judge_is_proxy(record):
+    if metric not in ("objective/judge", "eval_judge", "eval_objective/judge") or not judge_is_proxy(record):
         return label
     return label.replace("the judge", "the proxy (again)").replace("judge", "proxy (again)")
 
 
-def _x_of(figure: Figure, metric: str) -> str:
-    held_out = metric.startswith("eval_") and figure.x != "step"
-    return f"eval_{figure.x}" if held_out else figure.x
+def _x_of(figure: Figure, metric: str, names: Sequence[str]) -> str:
+    """What lies along x: of a held-out line the held-out twin of it."""
+    if figure.x == "step" or not metric.startswith("eval_"):
+        return figure.x
+    short = f"eval_{figure.x.rpartition('/')[2]}"
+    return short if short in names else f"eval_{figure.x}"
 
 
 def _levels(figure: Figure, record: Record) -> list[dict[str, Any]]:
     found = [{"y": y, "name": name} for y, name in figure.levels]
-    told = {**record.config, **(record.verdict.figures if record.verdict else {})}
+    told: dict[str, Any] = {name: record.last(name) for name in metric_names(record)}
+    told = {**told, **record.config, **(record.verdict.figures if record.verdict else {})}
     for pattern, name in figure.levels_from.items():
         values = [finite(told[key]) for key in fnmatch.filter(list(told), pattern)]
         value = next((each for each in values if each is not None), None)
@@ -470,7 +476,10 @@ def _mark(drawn: Sequence[dict[str, Any]], alarms: Sequence[Mapping[str, Any]]) 
             continue
         mark = {"x": alarm["step"], "sign": str(alarm["number"])}
         places = [
-            figure for figure in over_steps if {series["metric"] for series in figure["series"]} & set(alarm["metrics"])
+            figure
+            for figure in over_steps
+            if {series["metric"] for series in figure["series"]} & set(alarm["metrics"])
+            or any(fnmatch.fnmatch(alarm["alarm"], pattern) for pattern in figure["alarms"])
         ]
         for figure in places or over_steps[:1]:
             figure["marks"].append(mark)
