@@ -278,6 +278,50 @@ def test_several_answers_to_a_prompt_stay_together(tmp_path):
     assert [one["text"] for one in looks[0]["completions"]] == ["answer 0", "answer 1", "answer 2"]
 
 
+def test_a_reward_model_shows_scores_beside_the_ranks_of_people(tmp_path):
+    lines = [
+        {
+            "step": step,
+            "prompt": "p",
+            "responses": ["good", "bad", "odd"],
+            "scores": [{"helpful": 0.5 * step}, {"helpful": -0.5 * step}, {"helpful": 0.0}],
+            "judgements": [{"criterion": "helpful", "responses": [1, 0], "ranks": [2, 1]}],
+        }
+        for step in (0, 2)
+    ]
+    entry = reporting.facts(told.write_run(tmp_path / "run", "reward", samples=lines))["samples"]["prompts"][0]
+    assert entry["looks"][-1]["completions"] == [
+        {"text": "good", "facts": {"helpful": 1.0, "rank": 1}},
+        {"text": "bad", "facts": {"helpful": -1.0, "rank": 2}},
+        {"text": "odd", "facts": {"helpful": 0.0}},
+    ]
+    assert "the ranks that people gave" in page_of(tmp_path / "run").text
+
+
+def test_what_was_answered_before_stands_beside_a_late_sample(tmp_path):
+    lines = [{"step": 50, "prompt": "p", "completion": "late", "before": "early", "score": 1.0}]
+    looks = reporting.facts(told.write_run(tmp_path / "run", "ppo", samples=lines))["samples"]["prompts"][0]["looks"]
+    assert [(look["step"], look["completions"][0]["text"]) for look in looks] == [(0, "early"), (50, "late")]
+    assert looks[1]["completions"][0]["facts"] == {"score": 1.0}
+
+
+def test_held_out_scores_stand_beside_those_of_training(tmp_path):
+    lines = [{"step": step, "objective/scores": 1.0 * step, "objective/kl": 0.1 * step} for step in range(1, 9)]
+    lines += [
+        {"step": step, "eval_score": 2.0 * step, "eval_gold": 3.0 * step, "eval_kl": 0.2 * step} for step in (0, 4, 8)
+    ]
+    report = reporting.facts(told.write_run(tmp_path / "run", "ppo", metrics=lines))
+    charts_by = {
+        chart["title"]: {one["metric"]: one["points"] for one in chart["series"]} for chart in report["figures"]
+    }
+    assert set(charts_by["Scores side by side"]) == {"objective/scores", "eval_score", "eval_gold"}
+    assert charts_by["Score against distance"]["eval_gold"] == [(0.0, 0.0), (0.8, 12.0), (1.6, 24.0)]
+    assert [(one["label"], one["last"]) for one in report["headlines"]][:2] == [
+        ("score by the proxy, held out", 16.0),
+        ("score by gold, held out", 24.0),
+    ]
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "</style><img src=x onerror=alert(1)>",
@@ -675,6 +719,7 @@ def test_runs_as_the_phases_leave_them(tmp_path):
             "finished": True, "step": steps, "planned": steps, "text": f"Finished: {steps} steps.", "resume": "",
         }  # fmt: skip
         assert {"Network", "Learned from", "Took", "Machine", "Versions"} <= {row["label"] for row in report["summary"]}
+        assert "1 thread" in next(row["value"] for row in report["summary"] if row["label"] == "Machine")
         given = {name for name, value in config.to_dict().items() if value != getattr(type(config)(), name)}
         changed = {row["name"].partition(".")[0] for row in report["settings"] if row["changed"]}
         assert changed == given

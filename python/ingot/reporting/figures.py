@@ -65,11 +65,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "Scores side by side",
         "score",
-        (
-            Line("objective/scores", "proxy (trained on)"),
-            Line("objective/judge", "judge"),
-            Line("objective/gold", "gold"),
-        ),
+        _scores("proxy (trained on)"),
         "The proxy is what the model is paid for, so it should rise. The judge and gold are not paid for: they tell whether the answers "
         "really became better. If the proxy climbs while the others fall, the model has found a way to please the scorer instead "
         "(over-optimisation).",

@@ -489,7 +489,7 @@ def _machine(facts: Mapping[str, Any]) -> str:
     machine = mapping(facts.get("machine"))
     told = [str(machine[name]) for name in ("cpu", "device") if machine.get(name)]
     if machine.get("threads"):
-        told.append(f"{machine['threads']} threads")
+        told.append("1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads")
     if facts.get("level"):
         told.append(f"level {facts['level']}")
     return ", ".join(told)
