@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ingot.inference.generate import Completion, generate, stream
     from ingot.inference.scoring import RewardModel
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
+    from ingot.reporting import report
     from ingot.tokenizer import Tokenizer
     from ingot.training.dpo import dpo
     from ingot.training.ppo import ppo
@@ -53,6 +54,7 @@ _HOMES = {
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.inference.scoring": ("RewardModel",),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
+    "ingot.reporting": ("report",),
     "ingot.tokenizer": ("Tokenizer",),
     "ingot.training.dpo": ("dpo",),
     "ingot.training.ppo": ("ppo",),
@@ -95,6 +97,7 @@ __all__ = [
     "load_model",
     "ppo",
     "pretrain",
+    "report",
     "resume",
     "sft",
     "stream",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ingot import world
 from ingot.demo.measure import Sample
-from ingot.training.report import Series, draw_chart
+from ingot.reporting.charts import Series, draw_chart
 
 Answers = Sequence[tuple[world.Document, Sequence[str]]]
 
