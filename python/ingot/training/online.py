@@ -25,7 +25,7 @@ from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions
 from ingot.training.experience import Draw, Experience, gather, shown
 from ingot.training.progress import Display, Status
-from ingot.training.report import Series, draw_chart
+from ingot.reporting.charts import Series, draw_chart
 from ingot.training.rewards import RewardError
 from ingot.training.runs import RunFolder
 from ingot.training.setup import Setup
