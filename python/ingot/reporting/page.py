@@ -67,13 +67,13 @@ def draw_figure(told: Mapping[str, Any]) -> str:
     levels = [Level(level["y"], visible(level["name"])) for level in told["levels"]]
     if told["kind"] == "bars":
         bars = [(visible(bar["name"]), bar["value"]) for bar in told["bars"]]
-        return draw_bars(bars, told["title"], told["y_title"], levels=levels)
+        return draw_bars(bars, visible(told["title"]), visible(told["y_title"]), levels=levels)
     marks = [Mark(mark["x"], mark["sign"]) for mark in told["marks"]]
     return draw_chart(
         _series(told),
         visible(told["title"]),
-        told["x_title"],
-        told["y_title"],
+        visible(told["x_title"]),
+        visible(told["y_title"]),
         frame=SMALL,
         marks=marks,
         levels=levels,

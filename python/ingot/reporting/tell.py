@@ -375,7 +375,8 @@ def words_of_time(seconds: float) -> str:
         return f"{whole} s"
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s"
+    words = [(hours, "h"), (minutes, "min"), (0 if hours else left, "s")]
+    return " ".join(f"{count} {unit}" for count, unit in words if count)
 
 
 def flat(facts: Mapping[str, Any], before: str = "") -> list[dict[str, Any]]:
