@@ -74,13 +74,13 @@ def settings(folder: Path) -> RewardConfig:
     )
 
 
-def child(folder: Path, kill_at: int | None, log: Path | None) -> None:
-    """Entry of the process: start or resume; die at the ``kill_at``-th crash point. ``log`` gets their names."""
+def child(folder: Path, kill_at: int | str | None, log: Path | None) -> None:
+    """Entry of the process: start or resume; die at the ``kill_at``-th crash point, or at the first so named. ``log`` gets their names."""
     names: list[str] = []
 
     def reached(name: str) -> None:
         names.append(name)
-        if kill_at is not None and len(names) - 1 == kill_at:
+        if len(names) - 1 == kill_at or (isinstance(kill_at, str) and name.startswith(kill_at)):
             os.kill(os.getpid(), signal.SIGKILL)
 
     crash_points.append(reached)

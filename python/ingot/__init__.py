@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
+    from ingot.inference.compare import compare_models
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
     from ingot.inference.scoring import RewardModel
@@ -50,6 +51,7 @@ _HOMES = {
     ),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
+    "ingot.inference.compare": ("compare_models",),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.inference.scoring": ("RewardModel",),
@@ -91,7 +93,11 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "build_info",
+<<<<<<< HEAD
     "dpo",
+=======
+    "compare_models",
+>>>>>>> h3-reward
     "evaluate",
     "generate",
     "load_model",

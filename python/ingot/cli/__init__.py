@@ -55,9 +55,13 @@ COMMANDS: dict[str, Entry] = {
     "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
     "reward": Entry("reward", "Reward", "train a model on rankings that scores answers as people would"),
     "agreement": Entry("agreement", "Agreement", "how far labellers agree, what sways them, what to label again"),
+<<<<<<< HEAD
     "report": Entry(
         "report", "Report", "tell a run on one page: verdict, alarms, curves, samples, where it comes from"
     ),
+=======
+    "compare": Entry("compare", "Compare", "which model answers better, by a reward model, a function or you"),
+>>>>>>> h3-reward
     "cache": Entry("cache", "Cache", "list or clear the token files kept between runs"),
     "env": Entry("environment", "Environment", "a report on this machine and installation, to paste into a question"),
 }

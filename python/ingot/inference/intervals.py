@@ -33,7 +33,7 @@ class Share:
         return f"{100 * self.value:.1f} % (95 % interval {100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
-def share_of(hits: npt.ArrayLike, clusters: npt.ArrayLike) -> Share:
+def share_of(hits: npt.ArrayLike, clusters: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Share:
     """The share of hits, and its interval.
 
     Parameters
@@ -42,29 +42,35 @@ def share_of(hits: npt.ArrayLike, clusters: npt.ArrayLike) -> Share:
         Of each case, 0 to 1: half for a tie. [n]
     clusters
         Number of each case's prompt, [n].
+    weights
+        What each case counts, [n]; 1 unless given. Cases of weight 0 are none.
 
     Returns
     -------
     Share
         Normal interval from the variance of the ratio estimator over prompts (Cochran 1977, eq. 6.13; with one case a prompt it is the
-        sample variance of the mean). Below 40 prompts, and where the share is within 0.1 of an end, Wilson's interval (1927) of the
+        sample variance of the mean). Below 40 prompts, where the share is within 0.1 of an end, and where all are alike, Wilson's interval (1927) of the
         number of independent cases that has the same variance, at most that of all cases.
     """
     h = f64(hits)
-    _, owner = np.unique(np.asarray(clusters), return_inverse=True)
-    tries = np.bincount(owner).astype(np.float64)
+    w = np.ones(len(h)) if weights is None else f64(weights)
+    h, w, clusters = h[w > 0], w[w > 0], np.asarray(clusters)[w > 0]
+    _, owner = np.unique(clusters, return_inverse=True)
+    tries = f64(np.bincount(owner, w))
     num, total = len(tries), float(tries.sum())
     if num == 0:
         return Share(math.nan, math.nan, math.nan, 0, 0)
-    value = float(h.sum() / total)
-    residuals = np.bincount(owner, h) - value * tries
+    value = float(w @ h / total)
+    residuals = np.bincount(owner, w * h) - value * tries
     variance = num / (num - 1) * float(residuals @ residuals) / total**2 if num > 1 else math.inf
-    if num >= _MIN_CLUSTERS and _EXTREME <= value <= 1 - _EXTREME:
+    if num >= _MIN_CLUSTERS and _EXTREME <= value <= 1 - _EXTREME and variance > 0:
         half = _Z * math.sqrt(variance)
         return Share(value, max(0.0, value - half), min(1.0, value + half), len(h), num)
     spread = value * (1 - value)
     # As many independent cases as say as much; all alike, or one alone, say no more than their prompts.
-    size = float(num) if variance in (0.0, math.inf) or spread == 0.0 else min(total, spread / variance)
+    size = (
+        float(num) if variance in (0.0, math.inf) or spread == 0.0 else min(total**2 / float(w @ w), spread / variance)
+    )
     low, high = wilson(value, size)
     return Share(value, low, high, len(h), num)
 
@@ -81,7 +87,7 @@ def bootstrap_share(hits: npt.ArrayLike, clusters: npt.ArrayLike, *, num_draws: 
     """The share of hits with the 95 % percentiles of a bootstrap that draws prompts; Wilson's interval as in :func:`share_of`
     below 40 prompts and near the ends, where percentiles are too narrow."""
     plain = share_of(hits, clusters)
-    if plain.num_prompts < _MIN_CLUSTERS or not _EXTREME <= plain.value <= 1 - _EXTREME:
+    if plain.num_prompts < _MIN_CLUSTERS or not _EXTREME <= plain.value <= 1 - _EXTREME or np.ptp(f64(hits)) == 0:
         return plain
     _, owner = np.unique(np.asarray(clusters), return_inverse=True)
     sums, tries = f64(np.bincount(owner, f64(hits))), f64(np.bincount(owner))

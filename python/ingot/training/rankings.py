@@ -471,5 +471,5 @@ def _hash_of(ranked: Ranked) -> str:
     """Of sequences and judgements."""
     digest = hashlib.sha256(hash_of(ranked.examples).encode())
     for made in ranked.judgements:
-        digest.update(repr([dataclasses.astuple(judgement) for judgement in made]).encode())
+        digest.update(repr(made).encode())
     return digest.hexdigest()

@@ -181,8 +181,8 @@ def people_agree(ranked: Iterable[Ranked]) -> Share:
                 if judgement.annotator is None:
                     continue
                 outcomes = {
-                    (min(better, worse), max(better, worse)): 1 if better < worse else -1
-                    for better, worse, _ in judgement.pairs()
+                    (min(better, worse), max(better, worse)): 0 if tied else 1 if better < worse else -1
+                    for better, worse, tied in judgement.pairs(ties=True)
                 }
                 known = by_person.setdefault((judgement.criterion, judgement.annotator), {})
                 by_person[judgement.criterion, judgement.annotator] = {**outcomes, **known}
@@ -191,7 +191,8 @@ def people_agree(ranked: Iterable[Ranked]) -> Share:
                 by_criterion[criterion].append(outcomes)
             for people in by_criterion.values():
                 for first, second in itertools.combinations(people, 2):
-                    both = [first[pair] == second[pair] for pair in first.keys() & second.keys()]
+                    shared = [pair for pair in first.keys() & second.keys() if first[pair] and second[pair]]
+                    both = [first[pair] == second[pair] for pair in shared]
                     hits += map(float, both)
                     prompts += [number] * len(both)
     return share_of(hits, prompts)

@@ -23,7 +23,7 @@ from ingot.data.examples import Pack
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError
 from ingot.inference.intervals import Share, share_of
-from ingot.inference.scoring import UNNAMED, RewardModel, head_values
+from ingot.inference.scoring import UNNAMED, RewardModel
 from ingot.losses.numerics import Float64, Metrics
 from ingot.losses.packed import add_metrics
 from ingot.losses.reward import (
@@ -60,6 +60,7 @@ from ingot.training.trainer import Trainer, TrainingResult, begin, measure, save
 from ingot.training.verdicts import Verdict, require_passed, write_verdict
 
 if TYPE_CHECKING:
+    from ingot.models.base import IntArray
     from ingot.models.base import Model as ModelProtocol
 
 _DEFAULT_EPOCHS = 1
@@ -501,15 +502,13 @@ class _Run(Trainer[RewardConfig]):
         rankings = self.rankings
         groups = rankings.train.examples.groups
         order = Order(len(groups), self.config.seed, _REFERENCE_STREAM)
-        values: list[Float64] = []
-        count = 0
+        chosen: list[IntArray] = []
         for index in range(len(groups)):
-            group = groups[order[index]]
-            values.append(head_values(self.model, [sequence.ids for sequence in group]))
-            count += len(group)
-            if count >= _NUM_REFERENCE_SCORES:
+            chosen += [sequence.ids for sequence in groups[order[index]]]
+            if len(chosen) >= _NUM_REFERENCE_SCORES:
                 break
-        gains, biases = zip(*(gain_and_bias(column) for column in np.concatenate(values).T), strict=True)
+        values = RewardModel(self.model, rankings.encoder, rankings.criteria).score_ids_each(chosen)
+        gains, biases = zip(*(gain_and_bias(column) for column in values.T), strict=True)
         return RewardModel(self.model, rankings.encoder, rankings.criteria, gain=gains, bias=biases)
 
     def write_model(self, losses: dict[str, float | None]) -> None:
