@@ -93,11 +93,8 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "build_info",
-<<<<<<< HEAD
-    "dpo",
-=======
     "compare_models",
->>>>>>> h3-reward
+    "dpo",
     "evaluate",
     "generate",
     "load_model",

@@ -40,28 +40,23 @@ COMMANDS: dict[str, Entry] = {
     "tokenizer encode": Entry("tokenizer", "Encode", "turn a text file into token ids (.npy)"),
     "tokenizer decode": Entry("tokenizer", "Decode", "turn token ids back into the same bytes"),
     "tokenizer inspect": Entry("tokenizer", "Inspect", "show how a text is cut into pieces"),
+    "plan": Entry("plan", "Plan", "what to train on this machine in a given time"),
+    "pretrain": Entry("pretrain", "Pretrain", "train a network to predict the next token of raw text"),
     "data check": Entry("data", "Check", "the kind of rows in files, and what is wrong with each that cannot be used"),
     "data show": Entry("data", "Show", "rows as the model sees them: every token, and which are trained"),
     "data import": Entry("data", "Import", "make rows of data in other formats: HH, Alpaca, ShareGPT, Argilla, ..."),
-    "plan": Entry("plan", "Plan", "what to train on this machine in a given time"),
-    "pretrain": Entry("pretrain", "Pretrain", "train a network to predict the next token of raw text"),
     "sft": Entry("sft", "SFT", "fine-tune a model on demonstrations, so that it answers"),
+    "sample": Entry("sample", "Sample", "several responses to each of many prompts, to be ranked or scored"),
+    "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
+    "agreement": Entry("agreement", "Agreement", "how far labellers agree, what sways them, what to label again"),
+    "reward": Entry("reward", "Reward", "train a model on rankings that scores answers as people would"),
     "dpo": Entry("dpo", "DPO", "train a model on preferences directly: DPO and its relatives, KTO, ORPO, SimPO"),
     "ppo": Entry("ppo", "PPO", "train a model on rewards of its own answers, with a critic"),
+    "compare": Entry("compare", "Compare", "which model answers better, by a reward model, a function or you"),
+    "report": Entry("report", "Report", "a run on one page: verdict, alarms, curves, samples, where it comes from"),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
-    "sample": Entry("sample", "Sample", "several responses to each of many prompts, to be ranked or scored"),
     "chat": Entry("chat", "Chat", "talk with a model; its answers appear as they are written"),
-    "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
-    "reward": Entry("reward", "Reward", "train a model on rankings that scores answers as people would"),
-    "agreement": Entry("agreement", "Agreement", "how far labellers agree, what sways them, what to label again"),
-<<<<<<< HEAD
-    "report": Entry(
-        "report", "Report", "tell a run on one page: verdict, alarms, curves, samples, where it comes from"
-    ),
-=======
-    "compare": Entry("compare", "Compare", "which model answers better, by a reward model, a function or you"),
->>>>>>> h3-reward
     "cache": Entry("cache", "Cache", "list or clear the token files kept between runs"),
     "env": Entry("environment", "Environment", "a report on this machine and installation, to paste into a question"),
 }
@@ -141,7 +136,7 @@ def _overview(commands: dict[str, Entry]) -> str:
         [
             "usage: ingot COMMAND [flags]",
             "",
-            "Make a language model on a machine without a GPU: raw text in, a model that writes text out.",
+            "Make and align a language model without a GPU: raw text in, a model that answers as people prefer out.",
             "",
             *lines,
             "",

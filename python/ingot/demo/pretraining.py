@@ -1,4 +1,4 @@
-"""The demo's course: text, training with looks at the model on the way, final figures, report."""
+"""The demo's first stage: text, training with looks at the model on the way, final figures and a report of its own."""
 
 from __future__ import annotations
 
@@ -55,10 +55,15 @@ _SHOWN = 4
 _BASELINE_DOCUMENTS = 20_000
 
 
-def show(config: DemoConfig) -> dict[str, Any]:
-    """See :func:`ingot.demo.run`."""
+def pretrain_stage(config: DemoConfig, console: Console) -> dict[str, Any]:
+    """Pretrain in ``config.output``, measure, and write report.json and report.html there.
+
+    Returns
+    -------
+    dict
+        The content of report.json; empty for a dry run.
+    """
     began = time.perf_counter()
-    console = Console(quiet=config.json, highlight=False)
     settings = _settings(config)
     assert settings.max_steps is not None
     console.print(
@@ -116,11 +121,7 @@ def show(config: DemoConfig) -> dict[str, Any]:
     answers = [(document, answer(result.model, result.tokenizer, document)) for document in held_out[:3]]
     write_file(folder / "report.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     write_file(folder / "report.html", draw_page(report, look.samples, samples[:_SHOWN], answers).encode())
-    if config.json:
-        # The one thing that this command prints then.
-        print(json.dumps(report, indent=1, ensure_ascii=False))  # noqa: T201
-    else:
-        _summarise(console, report, samples[:_SHOWN], folder)
+    _summarise(console, report, samples[:_SHOWN], folder)
     return report
 
 
