@@ -19,13 +19,13 @@ from ingot.data.batches import mix
 from ingot.errors import RunError
 from ingot.losses.numerics import Float64, f64
 from ingot.models.base import StepInfo
+from ingot.reporting.charts import Series, draw_chart
 from ingot.training.alarms import Rule
 from ingot.training.callbacks import Callback
 from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions
 from ingot.training.experience import Draw, Experience, gather, shown
 from ingot.training.progress import Display, Status
-from ingot.reporting.charts import Series, draw_chart
 from ingot.training.rewards import RewardError
 from ingot.training.runs import RunFolder
 from ingot.training.setup import Setup
