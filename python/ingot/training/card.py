@@ -95,11 +95,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
             _INTRODUCTIONS[facts["kind"]],
             "",
-            "| rewards |  |"
-            if "prompts_hash" in data
-            else "| losses, nats per judgement | |"
-            if facts["kind"] == "reward"
-            else "| losses, nats per token | |",
+            _heading(facts),
             "|---|---|",
             *measured,
             "",
@@ -115,3 +111,10 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
         ]
     )
+
+
+def _heading(facts: Mapping[str, Any]) -> str:
+    """Of the table of what was measured."""
+    if "prompts_hash" in facts["data"]:
+        return "| measured on held-out prompts | |"
+    return "| losses, nats per judgement | |" if facts["kind"] == "reward" else "| losses, nats per token | |"
