@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ingot.configs import (
         Architecture,
         DPOConfig,
+        GRPOConfig,
         ModelConfig,
         PPOConfig,
         PretrainConfig,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ingot.reporting import report
     from ingot.tokenizer import Tokenizer
     from ingot.training.dpo import dpo
+    from ingot.training.grpo import grpo
     from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
@@ -43,6 +45,7 @@ _HOMES = {
     "ingot.configs": (
         "Architecture",
         "DPOConfig",
+        "GRPOConfig",
         "ModelConfig",
         "PPOConfig",
         "PretrainConfig",
@@ -59,6 +62,7 @@ _HOMES = {
     "ingot.reporting": ("report",),
     "ingot.tokenizer": ("Tokenizer",),
     "ingot.training.dpo": ("dpo",),
+    "ingot.training.grpo": ("grpo",),
     "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
@@ -76,6 +80,7 @@ __all__ = [
     "Corpus",
     "DPOConfig",
     "DataError",
+    "GRPOConfig",
     "IngotError",
     "Model",
     "ModelConfig",
@@ -97,6 +102,7 @@ __all__ = [
     "dpo",
     "evaluate",
     "generate",
+    "grpo",
     "load_model",
     "ppo",
     "pretrain",

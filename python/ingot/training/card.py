@@ -26,6 +26,8 @@ _INTRODUCTIONS = {
     "what the reward does not see, nothing was done about.",
     "reward": "A reward model trained on people's rankings with `ingot reward`: it scores answers, higher for those that its judges would "
     "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
+    "grpo": "A language model trained with `ingot grpo` to give answers that a reward likes, compared with others to the same prompt. "
+    "It is as good as that reward: what the reward does not see, nothing was done about.",
 }
 _PIPELINES = {"reward": "text-classification"}
 
