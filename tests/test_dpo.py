@@ -360,7 +360,9 @@ def test_it_learns_to_prefer_and_leaves_a_complete_folder(place, capsys):
 
 
 def test_verdicts_alone_and_lists_that_somebody_took_back(place, capsys):
-    kto = config_at(place, data=(str(place / "verdicts.jsonl"),), loss_type=("kto",), max_steps=60, eval_steps=30, held_out=0.3)
+    kto = config_at(
+        place, data=(str(place / "verdicts.jsonl"),), loss_type=("kto",), max_steps=60, eval_steps=30, held_out=0.3
+    )
     result = ingot.dpo(kto, quiet=True)
     last = [line for line in result.history if "eval_loss" in line][-1]
     assert last["eval_accuracy"] > 0.9
