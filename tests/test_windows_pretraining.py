@@ -145,7 +145,7 @@ def test_it_learns_from_its_context_as_bayes_does(seed):
 
 
 def test_without_enough_training_it_does_not_read():
-    gap, by_position = urns(0, 20)
+    gap, _ = urns(0, 20)
     assert gap > 0.1
 
 
