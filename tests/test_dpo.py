@@ -648,7 +648,6 @@ def test_the_verdict_speaks_of_the_weights_that_are_kept():
         line(10, eval_eos_rate=0.1),
     ]
     found = verdict_of(history, 5, verdicts=False)
-    assert found is not None
     assert found.passed
     assert found.figures["step"] == 5
     assert "order 70.0 % of held-out pairs" in found.text
@@ -658,7 +657,9 @@ def test_the_verdict_speaks_of_the_weights_that_are_kept():
     chance = verdict_of([line(0), line(5, eval_accuracy_low=0.5)], 5, verdicts=False)
     assert not chance.passed
     assert "not shown to prefer better answers" in chance.text
-    assert verdict_of([{"step": 1, "loss": 1.0}], 1, verdicts=False) is None
+    nothing = verdict_of([{"step": 1, "loss": 1.0}], 1, verdicts=False)
+    assert not nothing.passed
+    assert "Nothing was held out" in nothing.text
 
 
 def test_alarms_of_a_run_on_preferences():

@@ -707,9 +707,6 @@ class _Run(Trainer[DPOConfig]):
         single = any(isinstance(row, UnpairedPreference) for row in self.preferences.held_out.rows)
         found = verdict_of(self.folder.metrics.read(), self.state.best_step, verdicts=single)
         self.display.stop()
-        if found is None:
-            self.display.say("verdict   none: nothing was held out to judge the model by (--held-out)")
-            return
         self.guarded(lambda: write_verdict(self.folder.path, found))
         self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
 
