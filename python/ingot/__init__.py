@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, DPOConfig, ModelConfig, PretrainConfig, SFTConfig
+    from ingot.configs import Architecture, DistillConfig, DPOConfig, ModelConfig, PretrainConfig, SFTConfig
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.tokenizer import Tokenizer
+    from ingot.training.distill import distill
     from ingot.training.dpo import dpo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
@@ -27,13 +28,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "DPOConfig", "ModelConfig", "PretrainConfig", "SFTConfig"),
+    "ingot.configs": ("Architecture", "DPOConfig", "DistillConfig", "ModelConfig", "PretrainConfig", "SFTConfig"),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.distill": ("distill",),
     "ingot.training.dpo": ("dpo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
@@ -50,6 +52,7 @@ __all__ = [
     "Corpus",
     "DPOConfig",
     "DataError",
+    "DistillConfig",
     "IngotError",
     "Model",
     "ModelConfig",
@@ -64,6 +67,7 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "build_info",
+    "distill",
     "dpo",
     "evaluate",
     "generate",

@@ -47,6 +47,7 @@ COMMANDS: dict[str, Entry] = {
     "pretrain": Entry("pretrain", "Pretrain", "train a network to predict the next token of raw text"),
     "sft": Entry("sft", "SFT", "fine-tune a model on demonstrations, so that it answers"),
     "dpo": Entry("dpo", "DPO", "train a model on preferences directly: DPO and its relatives, KTO, ORPO, SimPO"),
+    "distill": Entry("distill", "Distill", "let a model learn from a better one, on its own answers or the other's"),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
     "sample": Entry("sample", "Sample", "several responses to each of many prompts, to be ranked or scored"),

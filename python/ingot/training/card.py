@@ -22,6 +22,7 @@ _INTRODUCTIONS = {
     "nothing was done to make what it says true or harmless.",
     "dpo": "A language model trained on preferences with `ingot dpo`: of two answers it favours the one that its judges did. "
     "It knows no more than the model that it started from.",
+    "distill": "A language model trained with `ingot distill` to answer as a better model does. It has its teacher's faults too.",
 }
 
 

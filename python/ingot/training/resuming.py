@@ -10,14 +10,14 @@ from ingot.errors import RunError
 from ingot.training.runs import RunFolder
 from ingot.training.trainer import TrainingResult
 
-_PHASES = ("pretrain", "sft", "dpo")
+_PHASES = ("pretrain", "sft", "dpo", "distill")
 
 
 def resume(folder: str | Path, **options: Any) -> TrainingResult:
     """Go on with a run from its newest whole checkpoint.
 
     ``options`` are those of the phase: :func:`ingot.training.pretrain.resume`, :func:`ingot.training.sft.resume`,
-    :func:`ingot.training.dpo.resume`.
+    :func:`ingot.training.dpo.resume`, :func:`ingot.training.distill.resume`.
 
     Raises
     ------
