@@ -172,17 +172,17 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(place):
 
 def test_ctrl_c_while_answers_are_drawn_loses_nothing(place, monkeypatch):
     """The step that was being drawn is given up, and drawn again when the run goes on."""
-    whole = ingot.distill(config_at(place, output=str(place / "whole")), quiet=True)
+    whole = ingot.distill(config_at(place, eval_steps=4, output=str(place / "whole")), quiet=True)
     alive, calls = phase._Run.alive, iter(range(10**6))
 
     def press(self: Any, done: int, total: int) -> None:
-        # After the first evaluation's 12 or fewer tokens, inside the second step.
+        # Inside the second step.
         self.stop.requested = self.stop.requested or (self.state.step == 1 and next(calls) == 2)
         alive(self, done, total)
 
     monkeypatch.setattr(phase._Run, "alive", press)
     with pytest.raises(KeyboardInterrupt):
-        ingot.distill(config_at(place), quiet=True)
+        ingot.distill(config_at(place, eval_steps=4), quiet=True)
     assert (place / "run" / "checkpoint-1").is_dir()
     monkeypatch.setattr(phase._Run, "alive", alive)
     result = ingot.resume(place / "run", quiet=True)
