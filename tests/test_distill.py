@@ -124,6 +124,16 @@ def test_the_student_comes_near_its_teacher(place, lmbda, capsys):
         ingot.distill(config, quiet=True)
 
 
+def test_it_is_measured_on_as_many_prompts_as_asked(place):
+    for batches, count in ((None, 37), (2, 32)):
+        config = config_at(
+            place, eval_batches=batches, max_steps=1, sample_prompts=99, output=str(place / f"{batches}")
+        )
+        lines = (ingot.distill(config, quiet=True).output / "samples.jsonl").read_text().splitlines()
+        facts = json.loads((place / f"{batches}" / "run.json").read_bytes())["data"]
+        assert len(lines) == 2 * min(facts["num_held_out"], count)
+
+
 def test_dropout_of_both_is_off(place):
     write_chat_model(place / "student", dropout=0.2)
     write_chat_model(place / "teacher", seed=8, dropout=0.2)

@@ -30,8 +30,8 @@ class DistillConfig(TrainingConfig):
     """Of both models, in sampling and in training alike."""
     held_out: float = 0.1
     """Share of the prompts kept out of training, on which the two models are compared."""
-    held_out_prompts: int = 128
-    """Most of the held-out prompts that are used each time."""
+    eval_batches: int | None = 2
+    """Measure on this many times per_device_train_batch_size held-out prompts; on all of them where None."""
     max_prompt_length: int | None = None
     """Leave out prompts of more tokens; what the model's context leaves beside the longest answer unless given. None is cut."""
     pack_length: int | None = None
@@ -55,8 +55,7 @@ class DistillConfig(TrainingConfig):
             0.0 < self.temperature < math.inf,
             f"temperature must be above 0, got {self.temperature}: at 0 there is one answer to a prompt",
         )
-        for name in ("max_new_tokens", "held_out_prompts"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         for name in ("max_prompt_length", "pack_length"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}")

@@ -166,7 +166,14 @@ def _decide(
         tokens.append(len(rollouts.tokens))
         student.step(0.0, clip_norm=config.max_grad_norm or None)
 
-    probe = measure(config, student, step, 1, None, 0)
+    sample = prompts.held_out[: config.per_device_train_batch_size]
+
+    def evaluate() -> None:
+        said = _answers(config, prompts, student, sample, config.seed)
+        recompute_logprobs(teacher, said, max_tokens=prompts.pack_length)
+
+    batches = -(-len(prompts.held_out) // config.per_device_train_batch_size)
+    probe = measure(config, student, step, 1, evaluate if sample else None, batches)
     probe = dataclasses.replace(probe, step_tokens=max(1, tokens[0]))
     epoch = -(-len(prompts.train) // config.per_device_train_batch_size)
     decisions, cost = decide(
@@ -319,7 +326,8 @@ class _Run(Trainer[DistillConfig]):
         self.prompts = prompts
         self.teacher = teacher
         # The same ones each time; what the teacher says to them is drawn once.
-        self.held_out = prompts.held_out[: config.held_out_prompts]
+        limit = decisions.eval_batches
+        self.held_out = prompts.held_out[: None if limit is None else limit * config.per_device_train_batch_size]
         self.taught: Rollouts | None = None
 
     def loop(self) -> None:
