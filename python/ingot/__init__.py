@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ingot._native import build_info
     from ingot.configs import (
         Architecture,
+        DistillConfig,
         DPOConfig,
         GRPOConfig,
         ModelConfig,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.reporting import report
     from ingot.tokenizer import Tokenizer
+    from ingot.training.distill import distill
     from ingot.training.dpo import dpo
     from ingot.training.grpo import grpo
     from ingot.training.ppo import ppo
@@ -45,6 +47,7 @@ _HOMES = {
     "ingot.configs": (
         "Architecture",
         "DPOConfig",
+        "DistillConfig",
         "GRPOConfig",
         "ModelConfig",
         "PPOConfig",
@@ -61,6 +64,7 @@ _HOMES = {
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.reporting": ("report",),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.distill": ("distill",),
     "ingot.training.dpo": ("dpo",),
     "ingot.training.grpo": ("grpo",),
     "ingot.training.ppo": ("ppo",),
@@ -80,6 +84,7 @@ __all__ = [
     "Corpus",
     "DPOConfig",
     "DataError",
+    "DistillConfig",
     "GRPOConfig",
     "IngotError",
     "Model",
@@ -99,6 +104,7 @@ __all__ = [
     "__version__",
     "build_info",
     "compare_models",
+    "distill",
     "dpo",
     "evaluate",
     "generate",

@@ -53,6 +53,7 @@ COMMANDS: dict[str, Entry] = {
     "ppo": Entry("ppo", "PPO", "train a model on rewards of its own answers, with a critic"),
     "grpo": Entry("grpo", "GRPO", "train a model on rewards of its own answers, several to each prompt, no critic"),
     "dpo": Entry("dpo", "DPO", "train a model on preferences directly: DPO and its relatives, KTO, ORPO, SimPO"),
+    "distill": Entry("distill", "Distill", "let a model learn from a better one, on its own answers or the other's"),
     "compare": Entry("compare", "Compare", "which model answers better, by a reward model, a function or you"),
     "report": Entry("report", "Report", "a run on one page: verdict, alarms, curves, samples, where it comes from"),
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),

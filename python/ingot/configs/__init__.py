@@ -5,6 +5,7 @@ This package stays light (no numpy, no native code), so that ``ingot --help`` an
 """
 
 from ingot.configs.checks import check_keys, load_recipe, load_toml, parse_duration, recipe_names, require
+from ingot.configs.distill import DistillConfig
 from ingot.configs.dpo import DPOConfig
 from ingot.configs.grpo import GRPOConfig
 from ingot.configs.model import Activation, Architecture, AttentionBias, ModelConfig, Norm, Position
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionBias",
     "Backend",
     "DPOConfig",
+    "DistillConfig",
     "GRPOConfig",
     "Level",
     "ModelConfig",

@@ -28,6 +28,7 @@ _INTRODUCTIONS = {
     "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
     "grpo": "A language model trained with `ingot grpo` to give answers that a reward likes, compared with others to the same prompt. "
     "It is as good as that reward: what the reward does not see, nothing was done about.",
+    "distill": "A language model trained with `ingot distill` to answer as a better model does. It has its teacher's faults too.",
 }
 _PIPELINES = {"reward": "text-classification"}
 
