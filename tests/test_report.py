@@ -179,7 +179,7 @@ def test_verdict_and_alarms_are_there_word_for_word(family):
 def test_alarms_are_marked_in_the_charts_that_they_speak_of(family):
     figures = {one["title"]: one for one in reporting.facts(family / "ppo")["figures"] if one["kind"] == "lines"}
     marked = {title: [mark["sign"] for mark in one["marks"]] for title, one in figures.items() if one["marks"]}
-    assert marked == {"Scores side by side": ["1"], "Entropy": ["2"]}
+    assert marked == {"Scores side by side": ["1"], "Entropy of an answer": ["2"]}
     assert figures["Scores side by side"]["marks"][0]["x"] == 130
 
 

@@ -201,6 +201,8 @@ def test_nothing_at_all_is_a_page_too():
 
 def test_each_key_may_be_missing():
     whole = full_report()
+    for stage in whole["stages"]:
+        stage["history"] = stage.get("history", [])[::20]
     for name in whole:
         report = copy.copy(whole)
         del report[name]

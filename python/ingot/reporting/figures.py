@@ -145,9 +145,9 @@ FIGURES: tuple[Figure, ...] = (
         ("reward",),
         levels=_CHANCE,
         levels_from={
-            "accuracy_longer_wins": "prefers the longer",
-            "accuracy_shorter_wins": "prefers the shorter",
-            "accuracy_bag_of_words": "counts words",
+            "accuracy_longer_wins*": "prefers the longer",
+            "accuracy_shorter_wins*": "prefers the shorter",
+            "accuracy_bag_of_words*": "counts words",
             "people_agreement": "people with each other",
         },
     ),
@@ -257,15 +257,19 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "Entropy",
-        "nats",
-        (
-            Line("objective/entropy", "per answer"),
-            Line("policy/entropy_avg", "per token"),
-            Line("entropy", "per token"),
-        ),
+        "nats per token",
+        (Line("policy/entropy_avg", "per token"), Line("entropy", "per token")),
         "How undecided the model is between words: 0 is one fixed answer. A slow fall is normal; a fall to almost nothing means that it "
         "says the same thing always (collapse).",
         ("ppo", "grpo", "dpo"),
+    ),
+    Figure(
+        "Entropy of an answer",
+        "nats per answer",
+        (Line("objective/entropy", "per answer"), Line("eval_sample_entropy", "of samples")),
+        "The same, added up over an answer: how many different answers it has, on a logarithmic scale.",
+        ("ppo", "grpo", "dpo"),
+        folded=True,
     ),
     Figure(
         "Length of answers",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ingot.errors import RunError
+from ingot.reporting.charts import finite
 from ingot.training.runs import FORMAT_VERSION, RUN_FILE
 from ingot.training.verdicts import Verdict, read_verdict
 
@@ -57,12 +59,20 @@ class Record:
         """Whether it came to its end."""
         return bool(self.facts.get("finished"))
 
+    @functools.cached_property
+    def metric_names(self) -> list[str]:
+        """All metrics that have a number somewhere, in the order in which they appear."""
+        names: dict[str, None] = {}
+        for line in self.metrics:
+            for name, value in line.items():
+                if name not in names and name != "step" and finite(value) is not None:
+                    names[name] = None
+        return list(names)
+
     def last(self, name: str) -> float | None:
         """The last finite value of a metric."""
-        from ingot.reporting.charts import points_of
-
-        points = points_of(self.metrics, name)
-        return points[-1][1] if points else None
+        values = (finite(line.get(name)) for line in reversed(self.metrics))
+        return next((value for value in values if value is not None), None)
 
 
 def read_record(folder: str | Path) -> Record:

@@ -120,7 +120,7 @@ def tell_verdict(record: Record) -> dict[str, Any] | None:
 
 def tell_alarms(record: Record) -> list[dict[str, Any]]:
     """Each alarm with its number, by which charts mark it, and the metrics that it speaks of."""
-    names = sorted(metric_names(record), key=len, reverse=True)
+    names = sorted(record.metric_names, key=len, reverse=True)
     found = []
     for number, line in enumerate(record.alarms, 1):
         message = str(line.get("message", ""))
@@ -175,19 +175,9 @@ def tell_headlines(record: Record) -> list[dict[str, Any]]:
     return found
 
 
-def metric_names(record: Record) -> list[str]:
-    """All metrics of a run that have a number somewhere, in the order in which they appear."""
-    names: dict[str, None] = {}
-    for line in record.metrics:
-        for name, value in line.items():
-            if name != "step" and finite(value) is not None:
-                names[name] = None
-    return list(names)
-
-
 def tell_figures(record: Record, alarms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The charts that the run has metrics for, each with the alarms that speak of them; what is left over comes last, plainly."""
-    names = metric_names(record)
+    names = record.metric_names
     left = dict.fromkeys(names)
     for name in list(left):
         if any(fnmatch.fnmatch(name, pattern) for pattern in BINS):
@@ -220,7 +210,7 @@ def tell_figures(record: Record, alarms: Sequence[Mapping[str, Any]]) -> list[di
 
 def tell_bars(record: Record) -> list[dict[str, Any]]:
     """Of a reward model: how often it is right by the difference of lengths, for each criterion."""
-    names = metric_names(record)
+    names = record.metric_names
     pattern = next((pattern for pattern in BINS if fnmatch.filter(names, pattern)), None)
     groups: dict[str, list[dict[str, Any]]] = {}
     for name in fnmatch.filter(names, pattern) if pattern else ():
@@ -320,13 +310,13 @@ def overlaid(records: Sequence[Record], names: Sequence[str]) -> Iterator[dict[s
     for figure in FIGURES:
         for line in figure.lines if figure.x != "step" else ():
             for metric in (line.metric, line.held_out or f"eval_{line.metric}"):
-                every = [name for record in records for name in metric_names(record)]
+                every = [name for record in records for name in record.metric_names]
                 series = _of_all(records, names, metric, _x_of(figure, metric, every))
                 if len(series) > 1:
                     yield _figure(dataclasses.replace(figure, title=f"{figure.title}: {line.label}"), series, [])
     groups: dict[tuple[str, str], list[int]] = {}
     for number, record in enumerate(records):
-        for metric in metric_names(record):
+        for metric in record.metric_names:
             alike = _MINIMISED.get(record.kind, record.kind) if metric.endswith("loss") else ""
             groups.setdefault((metric, alike), []).append(number)
     for (metric, _), members in sorted(
@@ -459,10 +449,10 @@ def _x_of(figure: Figure, metric: str, names: Sequence[str]) -> str:
 
 def _levels(figure: Figure, record: Record) -> list[dict[str, Any]]:
     found = [{"y": y, "name": name} for y, name in figure.levels]
-    told: dict[str, Any] = {name: record.last(name) for name in metric_names(record)}
-    told = {**told, **record.config, **(record.verdict.figures if record.verdict else {})}
+    given = {**record.config, **(record.verdict.figures if record.verdict else {})}
     for pattern, name in figure.levels_from.items():
-        values = [finite(told[key]) for key in fnmatch.filter(list(told), pattern)]
+        values = [finite(given[key]) for key in fnmatch.filter(list(given), pattern)]
+        values += [record.last(key) for key in fnmatch.filter(record.metric_names, pattern)]
         value = next((each for each in values if each is not None), None)
         if value is not None and name not in [level["name"] for level in found]:
             found.append({"y": value, "name": name})
