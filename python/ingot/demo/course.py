@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -47,9 +47,11 @@ from ingot.inference.scoring import RewardModel
 from ingot.training.gates import best_of_n, gate_verdict
 from ingot.training.metrics import MetricsLog
 from ingot.training.progress import make_display
-from ingot.training.rollouts import sample_rollouts
 from ingot.training.runs import RUN_FILE
 from ingot.training.verdicts import read_verdict
+
+if TYPE_CHECKING:
+    from ingot.models.base import Model
 
 NOISE = 0.2
 """Share of the simulated labeller's rankings that are turned round."""
@@ -82,7 +84,7 @@ _AGAIN = 1_000
 _CHECKED, _BEST_OF = 300, 16
 _SHOWN = 4
 # Of the settings, those that a demo that goes on must have begun with.
-_FIXED = ("recipe", "seed", "max_steps", "num_samples", "label")
+_FIXED = ("recipe", "seed", "max_steps", "num_samples", "num_requests", "label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +111,13 @@ def run_course(config: DemoConfig) -> dict[str, Any]:
     """See :func:`ingot.demo.run`."""
     console = Console(quiet=config.json, highlight=False)
     if config.dry_run or config.stages == "pretrain":
-        return pretrain_stage(config, console)
-    return _Course(config, console).run()
+        report = pretrain_stage(config, console)
+    else:
+        report = _Course(config, console).run()
+    if config.json and report:
+        # The one thing that this command prints then.
+        print(json.dumps(report, indent=1, ensure_ascii=False))  # noqa: T201
+    return report
 
 
 class _Course:
@@ -183,8 +190,9 @@ class _Course:
             seed=self.config.seed,
             **self.place,
         )
-        result = self.phase("sft", lambda: ingot.sft(config, quiet=self.config.json))
-        return {"figures": {"num_demonstrations": self.sizes.demonstrations, "eval_loss": result.final_loss}}
+        self.phase("sft", lambda: ingot.sft(config, quiet=self.config.json))
+        told = self.told("sft")
+        return {**told, "figures": {"num_demonstrations": self.sizes.demonstrations, **told["figures"]}}
 
     def sample(self) -> dict[str, Any]:
         """Requests -> several answers to each."""
@@ -214,7 +222,9 @@ class _Course:
     def rank(self) -> dict[str, Any]:
         """Candidates -> rankings: by the world's rule with noise, or by the person at the keyboard."""
         if self.config.label == "me":
-            count = label_by_hand(self.at("candidates.jsonl"), self.at("rankings.jsonl"), self.console, self.config.seed)
+            count = label_by_hand(
+                self.at("candidates.jsonl"), self.at("rankings.jsonl"), self.console, self.config.seed
+            )
             return {"figures": {"num_rankings": count}}
         groups = read_candidates(self.at("candidates.jsonl")).groups
         records = simulate_judgements(groups, labeler(self.config.seed, NOISE))
@@ -238,16 +248,16 @@ class _Course:
             data=(self.at("rankings.jsonl"),),
             output=self.at("reward"),
             learning_rate=2e-3,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=8,
             seed=self.config.seed,
             **self.place,
         )
-        self.phase("reward", lambda: ingot.train_reward_model(config, quiet=self.config.json))
+        self.phase("reward", lambda: ingot.train_reward_model(config, force=True, quiet=self.config.json))
         return self.told("reward")
 
     def check(self) -> dict[str, Any]:
         """Does picking by the score give better answers, judged by the rule?"""
-        requests = held_out_requests(self.config.seed, min(_CHECKED, self.config.num_samples))
+        requests = held_out_requests(self.config.seed, min(_CHECKED, self.config.num_requests))
         model, encoder = self.load("sft")
         found = respond(model, encoder, [each for each in requests for _ in range(_BEST_OF)], seed=self.config.seed)
         judge = RewardModel.load(self.at("reward"), threads=self.config.threads)
@@ -297,9 +307,228 @@ class _Course:
             output=self.at("dpo"),
             learning_rate=3e-4,
             num_train_epochs=1,
-            force=True,
             seed=self.config.seed,
             **self.place,
         )
-        self.phase("dpo", lambda: ingot.dpo(config, quiet=self.config.json))
+        self.phase("dpo", lambda: ingot.dpo(config, force=True, quiet=self.config.json))
         return self.told("dpo")
+
+    # ---- what stages share
+
+    def at(self, name: str) -> str:
+        """Something in the demo's folder."""
+        return str(self.folder / name)
+
+    def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+        """A file of rows; its path."""
+        write_file(self.folder / name, b"".join(json_line(dict(row)) for row in rows))
+        return self.at(name)
+
+    def phase(self, name: str, start: Callable[[], Any]) -> Any:
+        """Begin a run, or go on with one that was interrupted."""
+        facts = self.folder / name / RUN_FILE
+        if not facts.is_file():
+            return start()
+        if json.loads(facts.read_bytes())["finished"]:
+            # Interrupted after its last step, before it was noted down.
+            return None
+        return ingot.resume(self.folder / name, quiet=self.config.json)
+
+    def load(self, name: str) -> tuple[Model, PromptEncoder]:
+        """The model that a stage ended with."""
+        model = ingot.load_model(self.at(name), **self.place)
+        return model, PromptEncoder(self.at(name), ingot.Tokenizer.from_file(self.at(name)))
+
+    def respond(self, name: str, requests: Sequence[world.Request], seed: int) -> Responses:
+        """What it answers."""
+        self.console.print(f"{name}: {len(requests):,} stories ...")
+        return respond(*self.load(name), requests, seed=seed)
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What a run says about itself, for the page."""
+        verdict = read_verdict(self.folder / name)
+        history = MetricsLog(self.folder / name / "metrics.jsonl").read()
+        facts: dict[str, Any] = {"figures": {"steps": history[-1]["step"]}, "folder": self.at(name)}
+        return facts if verdict is None else {**facts, "verdict": dataclasses.asdict(verdict)}
+
+    # ---- the end
+
+    def measure(self) -> dict[str, Any]:
+        """The content of report.json: the same held-out requests, with the same random numbers, for each policy."""
+        config = self.config
+        self.console.rule("[bold]What came of it", align="left")
+        requests = held_out_requests(config.seed, config.num_requests)
+        before = self.respond("sft", requests, config.seed)
+        again = self.respond("sft", requests, config.seed + _AGAIN)
+        after = {name: self.respond(name, requests, config.seed) for name in ("ppo", "dpo")}
+        judge = RewardModel.load(self.at("reward"), threads=config.threads)
+        sft, _ = self.load("sft")
+        report: dict[str, Any] = {"reward_accuracy": pair_accuracy(judge, before, again)}
+        report |= {f"{name}_before": value for name, value in before.figures().items()}
+        for name, responses in after.items():
+            facts: dict[str, Any] = {f"{figure}_after": value for figure, value in responses.figures().items()}
+            facts["kl"] = responses.divergence(sft)
+            facts["changes"] = changes(before, responses)
+            report |= facts if name == "ppo" else {"dpo": {**facts, "elapsed_s": self.done["dpo"]["elapsed_s"]}}
+        info = ingot.build_info(threads=config.threads)
+        return {
+            **report,
+            "targets": verdicts(report),
+            "elapsed_s": sum(stage["elapsed_s"] for stage in self.done.values()),
+            "num_held_out": len(requests),
+            "temperature": 1.0,
+            "seed": config.seed,
+            "noise": NOISE if config.label == "rule" else None,
+            "labeler": config.label,
+            "num_parameters": sft.num_parameters,
+            "recipe": config.recipe,
+            "machine": {"cpu": cpu_name(), **{name: info[name] for name in ("level", "threads", "version")}},
+            "stages": [self.stage(name) for name in self.done],
+            "samples": samples([("fine-tuned", before), ("PPO", after["ppo"]), ("DPO", after["dpo"])]),
+        }
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """A stage as the page tells it, with the curves of its run."""
+        log = MetricsLog(self.folder / name / "metrics.jsonl")
+        return {"name": name, "budget_s": BUDGETS_S[name], "history": log.read(), **self.done[name]}
+
+    def summarise(self, report: Mapping[str, Any]) -> None:
+        """The figures in the terminal."""
+        table = Table(title=f"{report['num_held_out']:,} requests that no training text had, at temperature 1")
+        for column in ("", "fine-tuned", "PPO", "DPO"):
+            table.add_column(column, justify="left" if not column else "right")
+        rows = (
+            ("please their reader", "preferred", "{:.1%}"),
+            ("do all that was asked", "follows_prompt", "{:.1%}"),
+            ("well-formed", "well_formed", "{:.1%}"),
+            ("different from each other", "distinct", "{:.1%}"),
+            ("diversity, nats a story", "diversity", "{:.1f}"),
+            ("length, tokens", "length", "{:.1f}"),
+        )
+        for label, name, shown in rows:
+            values = (report[f"{name}_before"], report[f"{name}_after"], report["dpo"][f"{name}_after"])
+            table.add_row(label, *(shown.format(value) for value in values))
+        table.add_row("distance from fine-tuned, nats a story", "", f"{report['kl']:.2f}", f"{report['dpo']['kl']:.2f}")
+        self.console.print(table)
+        self.console.print(
+            f"The reward model orders {report['reward_accuracy']:.1%} of held-out pairs as the rule does."
+        )
+        for sample in report["samples"][:2]:
+            self.console.print(f"\n[bold]{sample['prompt']}[/]")
+            for answer in sample["answers"]:
+                mark = "[green]pleases[/]" if answer["facts"]["pleases"] else "[red]does not please[/]"
+                self.console.print(f"  {answer['label']}: {answer['text']} ({mark})")
+        missed = [name for name, target in report["targets"].items() if not target["met"]]
+        self.console.print(f"\nMissed: {', '.join(missed)}." if missed else "\nEvery target is met.")
+        spent = "  ".join(f"{name} {stage['elapsed_s']:.0f}" for name, stage in self.done.items())
+        self.console.print(f"Seconds: {spent}; {report['elapsed_s']:.0f} in all.")
+        self.console.print(f"The whole story: {self.folder / 'report.html'}")
+        self.console.print(f"Try: ingot chat {self.folder / 'ppo'}", soft_wrap=True)
+
+    # ---- going on after an interruption
+
+    def open(self) -> dict[str, dict[str, Any]]:
+        """The stages that are done, where the demo was interrupted in this folder.
+
+        Raises
+        ------
+        RunError
+            The folder holds a demo of other settings, or something else.
+        """
+        path = self.folder / STAGES_FILE
+        if not path.exists():
+            others = sorted(entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else []
+            if others:
+                raise RunError(
+                    f"{self.folder}: holds other files ({', '.join(others[:3])}); choose an empty or new folder as --output"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.save({})
+            return {}
+        try:
+            saved = json.loads(path.read_bytes())
+            known, done = dict(saved["settings"]), dict(saved["stages"])
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{path}: damaged, cannot be read; choose another --output") from None
+        for name, value in self.settings().items():
+            if known.get(name) != value:
+                raise RunError(
+                    f"{self.folder}: holds a demo with {name} {known.get(name)}, not {value}; choose another --output"
+                )
+        return done
+
+    def settings(self) -> dict[str, Any]:
+        """What a demo that goes on must have begun with."""
+        return {name: getattr(self.config, name) for name in _FIXED}
+
+    def keep(self, name: str, facts: dict[str, Any]) -> None:
+        """Note that a stage is done."""
+        self.done[name] = facts
+        self.save(self.done)
+
+    def save(self, done: Mapping[str, Any]) -> None:
+        """Write stages.json."""
+        content = json.dumps({"settings": self.settings(), "stages": done}, indent=1, ensure_ascii=False)
+        write_file(self.folder / STAGES_FILE, content.encode() + b"\n")
+
+
+def pair_accuracy(judge: RewardModel, a: Responses, b: Responses) -> float:
+    """Share of pairs of answers to the same request, of which the rule likes one better, in which the judge scores that one higher."""
+    prompts = [conversation(request) for request in a.requests]
+    merits = np.array(
+        [[merit(prompt, text) for prompt, text in zip(prompts, each.texts, strict=True)] for each in (a, b)]
+    )  # f64 [2, R]
+    scores = np.array([judge.score_tokens(each.rollouts.tokens, each.rollouts.offsets) for each in (a, b)])
+    better, higher = np.sign(merits[0] - merits[1]), np.sign(scores[0] - scores[1])
+    untied = better != 0
+    return float((better == higher)[untied].mean()) if untied.any() else float("nan")
+
+
+def changes(before: Responses, after: Responses) -> dict[str, dict[str, float]]:
+    """Paired changes with their intervals, by the names of the report."""
+    pairs = {
+        "preferred": (before.pleases, after.pleases),
+        "follows_prompt": (before.follows, after.follows),
+        "well_formed": (before.well_formed, after.well_formed),
+    }
+    return {name: dataclasses.asdict(paired_change(*pair)) for name, pair in pairs.items()}
+
+
+def verdicts(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each target: what was wanted, what was reached, and whether that is enough."""
+    reached = {
+        **report,
+        "follows_prompt_change": report["changes"]["follows_prompt"]["low"],
+        "well_formed_change": report["changes"]["well_formed"]["low"],
+        "diversity_after": report["diversity_after"] / report["diversity_before"],
+    }
+    return {
+        name: {
+            "wanted": f"{relation} {bound:.2f}" + (" of before" if name == "diversity_after" else ""),
+            "reached": reached[name],
+            "met": bool(reached[name] >= bound if relation == ">=" else reached[name] <= bound),
+        }
+        for name, (relation, bound) in TARGETS.items()
+    }
+
+
+def samples(policies: Sequence[tuple[str, Responses]]) -> list[dict[str, Any]]:
+    """The first requests, with what each policy answered."""
+    return [
+        {
+            "prompt": request.text,
+            "answers": [
+                {
+                    "label": label,
+                    "text": each.texts[number],
+                    "facts": {
+                        "pleases": bool(each.pleases[number]),
+                        "follows": bool(each.follows[number]),
+                        "well_formed": bool(each.well_formed[number]),
+                    },
+                }
+                for label, each in policies
+            ],
+        }
+        for number, request in enumerate(policies[0][1].requests[:_SHOWN])
+    ]

@@ -5,15 +5,24 @@ Everything is a conversation: the user asks for a story by its first line, and t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ingot import world
 from ingot.data.keys import Text
 from ingot.errors import DataError
+from ingot.feedback.candidates import read_candidates
+from ingot.feedback.criteria import Criterion
+from ingot.feedback.journal import Journal
+from ingot.feedback.session import Session
 from ingot.feedback.simulate import SimulatedLabeler
+from ingot.feedback.terminal import Keyboard, Labeler, Quit
 from ingot.feedback.texts import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Where each use of the world's numbered stories begins, so that none meets another's.
 _DEMONSTRATIONS = 1_000_000
@@ -71,3 +80,38 @@ def reward(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
 def labeler(seed: int, noise: float) -> SimulatedLabeler:
     """Ranks by :func:`merit`; a share ``noise`` of its rankings comes out turned round."""
     return SimulatedLabeler(score=merit, name="rule", noise=0.0, flip_rate=noise, seed=seed)
+
+
+_GUIDELINE = """\
+Which story would its reader rather have?
+- It does what the first line asks: the person, the thing, the place and the end that were asked for.
+- Its sentences are whole, and it stops where it is over.
+- After that, what you like: the model is going to learn your taste. The rule that is used where nobody ranks by hand prefers stories in which
+  a child or a king meets an animal, a farmer or a baker shares food, a sailor hears music and a poet sees something in the sky."""
+
+
+def label_by_hand(candidates: str, rankings: str, console: Console, seed: int) -> int:
+    """Let the person at the terminal rank responses until there are none left or ``q`` is typed; the number of rankings.
+
+    Raises
+    ------
+    DataError
+        Nothing was ranked.
+    """
+    session = Session(
+        read_candidates(candidates).groups,
+        Journal(rankings),
+        labeler="me",
+        criterion=Criterion("stories", _GUIDELINE),
+        seed=seed,
+    )
+    console.print(
+        "Rank what you like, then type q: the demo goes on with your rankings. A few dozen show how it works.\n"
+    )
+    with contextlib.suppress(Quit):
+        Labeler(session, console, Keyboard()).run(None)
+    if not session.done():
+        raise DataError(
+            "nothing was ranked, so there is nothing to learn from; the same command goes on with the ranking"
+        )
+    return session.done()

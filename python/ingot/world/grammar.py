@@ -41,7 +41,9 @@ NUM_MOVES = (2, 3, 4)
 
 _HELD_OUT_KEY = b"the small world"
 # Reader -> what can be met in stories for this reader: kinds and words.
-_ENCOUNTERS = {reader: tuple((kind, word) for kind in kinds for word in ENCOUNTERS[kind][1]) for reader, kinds in TOLD.items()}
+_ENCOUNTERS = {
+    reader: tuple((kind, word) for kind in kinds for word in ENCOUNTERS[kind][1]) for reader, kinds in TOLD.items()
+}
 _ENDING_KINDS = tuple(ENDINGS)
 
 CHUNK = 256
