@@ -597,6 +597,10 @@ def test_the_verdict_says_what_it_is_compared_with():
     assert not verdict_of([short], people).passed
     assert "prefers the shorter answer gets 72 %" in verdict_of([short], people).text
     assert not verdict_of([fair, dataclasses.replace(short, name="b")], people).passed
+    close = dataclasses.replace(fair, longer=share(0.7051, 0.6, 0.8), model=share(0.7071, 0.6, 0.8))
+    text = verdict_of([close], people).text
+    assert "orders 70.7 %" in text
+    assert "longer answer gets 70.5 %" in text
     assert "more than people agree on" in verdict_of([fair], share(0.6, 0.55, 0.65)).text
     unknown = verdict_of([Comparison("", nobody, nobody, nobody, nobody)], nobody)
     assert not unknown.passed
