@@ -388,6 +388,20 @@ def run_and_read(config: DPOConfig, capsys: Any) -> str:
     return str(capsys.readouterr().out)
 
 
+def test_verdicts_of_which_one_kind_rules_are_told(place, capsys):
+    for bad, words in ((30, ""), (10, "--undesirable-weight 3 would balance"), (0, "no answer is bad")):
+        entries = [{"prompt": f"{n}?", "completion": "a", "label": n >= bad} for n in range(bad + 30)]
+        data = (write_rows(place / "v.jsonl", entries),)
+        fields = {"data": data, "loss_type": ("kto",), "held_out": 0.0, "max_steps": 1}
+        printed = run_and_read(config_at(place, **fields, output=str(place / f"{bad}")), capsys)
+        assert f"verdicts  30 good, {bad} bad" in printed
+        assert words in printed
+        assert ("balance" in printed) == (bad == 10)
+    write_rows(place / "v.jsonl", [{"prompt": f"{n}?", "completion": "a", "label": n >= 10} for n in range(40)])
+    balanced = config_at(place, **fields, undesirable_weight=3.0, output=str(place / "balanced"))
+    assert "balance them" not in run_and_read(balanced, capsys)
+
+
 def test_answers_that_are_too_long_are_left_out_whole(place, capsys):
     long = {"prompt": "q", "chosen": "a" * 200, "rejected": "b"}
     entries = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(30)]
@@ -506,6 +520,11 @@ PROMPT = [{"role": "user", "content": "a"}]
             [{"prompt": "a", "completion": "b", "label": True}],
             {},
             r"a\.jsonl, row 1: is of kind unpaired preference.*--loss-type kto",
+        ),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2 + [{"prompt": "a", "completion": "b", "label": True}],
+            {},
+            r"a\.jsonl, row 3: is unpaired preference \(plain text\), but the file is preference \(plain text\)",
         ),
         (
             [{"prompt": "a", "completion": "b"}],
