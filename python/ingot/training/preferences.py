@@ -259,12 +259,15 @@ def prepare_preferences(
 
 
 def _encoder(config: DPOConfig, folder: RunFolder | None) -> ChatEncoder:
-    """The run's own where it has one; otherwise the model's, saved with the run."""
+    """The run's own where it has one; otherwise the model's, saved with the run. A loss that imitates adds what its template lacks."""
     saved = folder is not None and (folder.path / "tokenizer.json").is_file()
     source = folder.path if folder is not None and saved else config.model
     tokenizer = Tokenizer.from_file(source)
+    template = ChatTemplate.of_model(source)
+    if config.imitates:
+        tokenizer = tokenizer.with_special_tokens(template.missing_special_tokens(tokenizer))
     try:
-        encoder = ChatEncoder(ChatTemplate.of_model(source), tokenizer)
+        encoder = ChatEncoder(template, tokenizer)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     if config.reference_model is not None and Tokenizer.from_file(config.reference_model).hash != tokenizer.hash:
