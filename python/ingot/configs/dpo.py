@@ -158,6 +158,11 @@ class DPOConfig(TrainingConfig):
         return self.loss_type[0] in _names(FreeLoss)
 
     @property
+    def imitates(self) -> bool:
+        """The loss also fine-tunes on the chosen answers, without a reference: it may start from a model that knows no chat."""
+        return self.loss_type[0] == "orpo" or (self.loss_type[0] == "cpo" and self.cpo_alpha != 0.0)
+
+    @property
     def on_verdicts(self) -> bool:
         """The loss takes single answers, good or bad; pairs and ranked lists are taken apart for it."""
         return self.loss_type[0] in _names(VerdictLoss)

@@ -34,8 +34,10 @@ from ingot.losses.preference import (
     orpo_loss,
 )
 from ingot.models import Model, load_model
+from ingot.models.growth import grow_vocabulary
 from ingot.models.hf import open_folder
 from ingot.models.reference import reference_of
+from ingot.tokenizer import Tokenizer
 from ingot.training.callbacks import Callback
 from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, require_memory
@@ -155,7 +157,7 @@ def _train(
         state = saved_state(folder, checkpoint)
         known = folder.facts.get("decisions", {})
         decisions, cost = _decide(config, preferences, model, known, state.step, display)
-        reference = _make_reference(config, model, checkpoint is not None)
+        reference = _make_reference(config, preferences, model, checkpoint is not None)
         begin(folder, config, model, decisions, state, checkpoint, display)
         run = _Run(folder, config, preferences, model, reference, state, decisions, cost, display, callbacks)
         run.loop()
@@ -188,30 +190,32 @@ def _make_model(config: DPOConfig, preferences: Preferences, known: ModelConfig 
     """
     if known is not None:
         return Model(known, seed=config.seed, **config.place)
-    shape = _start_shape(config)
-    if preferences.encoder.tokenizer.vocab_size > shape.vocab_size:
-        raise ConfigError(
-            f"{config.model}: the tokenizer has {preferences.encoder.tokenizer.vocab_size} tokens but the model only {shape.vocab_size}: "
-            "they do not belong together"
-        )
-    require_memory(shape, preferences.pack_length, memory_limit())
-    return _without_dropout(load_model(config.model, **config.place), config)
+    require_memory(_start_shape(config), preferences.pack_length, memory_limit())
+    return _start(config, preferences, config.model)
 
 
-def _make_reference(config: DPOConfig, model: ModelProtocol, resumed: bool) -> ModelProtocol:
+def _make_reference(config: DPOConfig, preferences: Preferences, model: ModelProtocol, resumed: bool) -> ModelProtocol:
     """The model that the new one is compared with: as it was before training, or another. Forward passes only."""
     if config.reference_model is None and not resumed:
         return reference_of(model)
-    return _without_dropout(load_model(config.reference_model or config.model, **config.place), config)
+    return _start(config, preferences, config.reference_model or config.model)
 
 
-def _without_dropout(model: ModelProtocol, config: DPOConfig) -> ModelProtocol:
-    """Policy and reference must be compared as they are, not as a random part of them."""
-    if model.config.dropout == 0.0:
-        return model
-    same = Model(dataclasses.replace(model.config, dropout=0.0), seed=config.seed, **config.place)
-    same.load_state(model.state())
-    return same
+def _start(config: DPOConfig, preferences: Preferences, folder: str) -> ModelProtocol:
+    """The model in a folder without dropout, for policy and reference are compared as they are and not as random parts of them; with
+    room for the template's tokens where it lacks them."""
+    loaded = load_model(folder, **config.place)
+    num_known, num_ids = Tokenizer.from_file(folder).vocab_size, preferences.encoder.tokenizer.vocab_size
+    if num_known > loaded.config.vocab_size:
+        raise ConfigError(
+            f"{folder}: the tokenizer has {num_known} tokens but the model only {loaded.config.vocab_size}: they do not belong together"
+        )
+    shape = dataclasses.replace(loaded.config, vocab_size=max(loaded.config.vocab_size, num_ids), dropout=0.0)
+    if loaded.config == shape and num_ids == num_known:
+        return loaded
+    model = Model(shape, seed=config.seed, **config.place)
+    model.load_state(grow_vocabulary(loaded.state(), num_known=num_known, num_ids=num_ids, seed=config.seed))
+    return model
 
 
 def _decide(

@@ -220,6 +220,8 @@ def prepare_preferences(
     examples_hash = hash_of(examples)
     require_unchanged(folder, examples_hash, config.data)
     train, held_out = examples.split(config.held_out)
+    if config.on_verdicts:
+        _say_balance(config, train, display)
     empty = examples.select(())
     pack_length = config.pack_length or max(_PACK_LENGTH, int(examples.lengths().max()))
     rule = "nothing is held out"
@@ -257,12 +259,15 @@ def prepare_preferences(
 
 
 def _encoder(config: DPOConfig, folder: RunFolder | None) -> ChatEncoder:
-    """The run's own where it has one; otherwise the model's, saved with the run."""
+    """The run's own where it has one; otherwise the model's, saved with the run. A loss that imitates adds what its template lacks."""
     saved = folder is not None and (folder.path / "tokenizer.json").is_file()
     source = folder.path if folder is not None and saved else config.model
     tokenizer = Tokenizer.from_file(source)
+    template = ChatTemplate.of_model(source)
+    if config.imitates:
+        tokenizer = tokenizer.with_special_tokens(template.missing_special_tokens(tokenizer))
     try:
-        encoder = ChatEncoder(ChatTemplate.of_model(source), tokenizer)
+        encoder = ChatEncoder(template, tokenizer)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     if config.reference_model is not None and Tokenizer.from_file(config.reference_model).hash != tokenizer.hash:
@@ -321,6 +326,21 @@ def _load(config: DPOConfig, rows: Rows, encoder: ChatEncoder, max_length: int, 
             "prompt and are left out whole; --max-length changes that"
         )
     return examples
+
+
+def _say_balance(config: DPOConfig, train: Examples, display: Display) -> None:
+    """Where good or bad answers would rule (Ethayarajh et al. 2024 keep w_D n_D between 1 and 4/3 of w_U n_U), say how to balance them."""
+    found = verdicts_of(train.rows, np.zeros(len(train.rows), np.int64))
+    good, bad = float(found.weights[found.labels].sum()), float(found.weights[~found.labels].sum())
+    display.say(f"verdicts  {good:,.0f} good, {bad:,.0f} bad")
+    if not good or not bad:
+        missing = "bad" if good else "good"
+        display.say(
+            f"          no answer is {missing}: the model learns what to do, or what not to do, alone; give both"
+        )
+    elif not 0.75 <= config.desirable_weight * good / (config.undesirable_weight * bad) <= 4 / 3:
+        flag, value = ("undesirable", good / bad) if good > bad else ("desirable", bad / good)
+        display.say(f"          one kind outweighs the other: --{flag}-weight {value:.2g} would balance them")
 
 
 def _comparable(config: DPOConfig, examples: Examples) -> Examples:
