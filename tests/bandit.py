@@ -56,6 +56,7 @@ def scorer(score: Any, gold: Any = None) -> Any:
 
     class Watching:
         has_judge, has_gold = False, gold is not None
+        watcher, name = None, "score"
 
         def __call__(self, rollouts: Any, prompts: Any, texts: Any) -> Scores:
             found = np.asarray(score(rollouts), np.float64)

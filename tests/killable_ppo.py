@@ -83,6 +83,7 @@ def settings(root: Path, folder: Path, **changes: Any) -> PPOConfig:
         reward_weights=(0.5, 1.0),
         judge=str(root / "judge"),
         gold=f"{root / 'reward.py'}:gold",
+        gate_answers=0,
         output=str(folder),
         response_length=6,
         per_device_train_batch_size=6,

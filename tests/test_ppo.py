@@ -19,7 +19,7 @@ import pytest
 
 import ingot
 from ingot.cli import main
-from ingot.configs import PPOConfig
+from ingot.configs import PPOConfig, load_toml
 from ingot.data.batches import Cursor
 from ingot.data.chat import ChatEncoder, ChatTemplate
 from ingot.errors import ConfigError, DataError, RunError
@@ -326,6 +326,30 @@ def test_a_failed_model_or_reward_model_stops_it_unless_forced(root, tmp_path):
         ingot.ppo(plain(root, tmp_path / "other", model=str(tmp_path / "base")), rewards=[vowels], quiet=True)
 
 
+def test_the_best_of_n_must_please_somebody_else(root, tmp_path, capsys):
+    def likes_length(prompts: Any, completions: Any) -> list[float]:
+        return [float(len(one[0]["content"])) for one in completions]
+
+    def likes_brevity(prompts: Any, completions: Any) -> list[float]:
+        return [-each for each in likes_length(prompts, completions)]
+
+    config = plain(root, tmp_path / "run", gate_answers=4, held_out=0.5, max_steps=1)
+    with pytest.raises(
+        RunError, match=r"best of 4 did not pass: Of 4 answers to each of \d+ prompts.*\(--force goes on"
+    ) as caught:
+        ingot.ppo(config, rewards=[likes_length], gold=likes_brevity, quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    forced = ingot.ppo(dataclasses.replace(config, force=True), rewards=[likes_length], gold=likes_brevity)
+    assert "gate      did not pass, going on by force" in capsys.readouterr().out
+    assert json.loads((forced.output / "run.json").read_bytes())["gate"]["passed"] is False
+    agreeing = dataclasses.replace(config, output=str(tmp_path / "other"))
+    ingot.ppo(agreeing, rewards=[likes_length], gold=lambda completions, **_: likes_length([], completions))
+    assert "gate      passed: Of 4 answers" in capsys.readouterr().out
+    ingot.ppo(dataclasses.replace(config, output=str(tmp_path / "third")), rewards=[likes_length])
+    assert "gate      nobody but the reward will judge this run" in capsys.readouterr().out
+
+
 # ---- bad input
 
 
@@ -399,7 +423,7 @@ def test_other_bad_input_is_one_clear_line(root, tmp_path):
         ({"reward": (f"{root / 'reward.py'}:leters",)}, "did you mean 'letters'"),
         (
             {"judge": str(root / "rm"), "reward_model": str(root / "rm")},
-            "is what is trained against, so that it judges nothing",
+            "is the judge and the reward: it would approve of itself",
         ),
         ({"prompts": ()}, "no prompts to answer: give --prompts"),
         (
@@ -442,6 +466,17 @@ def test_settings_that_cannot_be_are_refused():
             PPOConfig(**changes)
 
 
+def test_none_over_another_default_survives_its_file(root, tmp_path):
+    config = plain(
+        root, tmp_path / "run", missing_eos_penalty=None, cliprange_value=None, eval_batches=None, max_steps=1
+    )
+    assert PPOConfig.from_dict(config.to_dict()) == config
+    result = ingot.ppo(config, rewards=[vowels], quiet=True)
+    assert PPOConfig.from_dict(load_toml(result.output / "ppo.toml")) == config
+    again = ingot.resume(result.output, rewards=[vowels], max_steps=2, quiet=True)
+    assert again.history[-1]["eval_score"] >= 0.0, "no penalty was taken off"
+
+
 def test_what_a_run_began_with_must_not_change(root, tmp_path):
     inputs = tmp_path / "inputs"
     inputs.mkdir()
@@ -480,7 +515,7 @@ def test_a_kl_that_explodes_has_a_name(root, tmp_path, capsys):
     )
     ingot.ppo(config, rewards=[vowels])
     assert re.search(
-        r"^alarm     KL: KL to the reference is [\d.e+]+ nats an answer, beyond 10: kl_coef is too small",
+        r"^alarm     KL: KL to the reference is [\d.e+]+ nats an answer, beyond 10: its weight is too small",
         capsys.readouterr().out,
         re.M,
     )
@@ -515,5 +550,10 @@ def test_the_command_line(root, tmp_path, capsys):
     assert f"resumed from {run}/checkpoint-2" in capsys.readouterr().out
     assert main(["ppo", "--config", f"{run}/ppo.toml", "--output", run + "2", "--max-steps", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 1
+    other = ["ppo", "--config", f"{run}/ppo.toml", "--output", run + "3", "--max-steps", "1", "--json"]
+    assert main([*other, "--reward", f"{root / 'reward.py'}:gold", "--reward-weights", "1", "1"]) == 0
+    capsys.readouterr()
+    saved = json.loads(Path(run + "3", "run.json").read_bytes())["config"]
+    assert saved["reward"] == [f"{root / 'reward.py'}:gold"]
     assert main(["sft", "--resume", run]) == 1
     assert f"a run of ingot ppo; go on with it: ingot ppo --resume {run}" in capsys.readouterr().err

@@ -41,7 +41,12 @@ class PPO(PPOConfig):
         config = flag_value(arguments, "config")
         if config is not None:
             override(fields, PPOConfig.fields_of(load_toml(config), config), _GROUPS)
-        override(fields, {}, _GROUPS, flag_names(arguments))
+        given = flag_names(arguments)
+        override(fields, {}, _GROUPS, given)
+        if given & {"reward", "reward_weights"}:
+            # Rewards on the command line stand instead of those of the file, and are not added to them; weights belong to their rewards.
+            fields.pop("reward_weights", None)
+            fields.pop("reward" if "reward" in given else "", None)
         return parse_flags(cls, arguments, prog="ingot ppo", default=cls(**fields))
 
     def settings(self) -> PPOConfig:

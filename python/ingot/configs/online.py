@@ -35,8 +35,11 @@ class OnlineConfig(RunConfig):
     """A second reward model that is not trained against, such as one from other judgements: its scores are recorded beside the reward's."""
     gold: str | None = None
     """A reward function that knows what is really wanted, where there is one (./file.py:FUNCTION): recorded, never trained against."""
+    gate_answers: int = 16
+    """Before the first update, let the reward choose among this many answers to each of 64 held-out prompts: the judge, or gold, has to like its
+    choice better than answers as they come. 0 for no such check; without judge and gold there is none."""
     force: bool = False
-    """Go on although the model or the reward model did not pass its gate."""
+    """Go on although the model, the reward model or that check did not pass."""
     missing_eos_penalty: float | None = 1.0
     """What an answer that was cut at its longest length loses, since it never ended; None for nothing."""
     missing_eos: Literal["subtract", "replace"] = "subtract"
@@ -87,6 +90,10 @@ class OnlineConfig(RunConfig):
         for name in ("max_prompt_length", "total_episodes", "pack_length", "max_sequences"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            self.gate_answers == 0 or self.gate_answers >= 2,
+            f"gate_answers must be at least 2, or 0 for no check, got {self.gate_answers}",
+        )
         require(self.sample_prompts >= 0, f"sample_prompts must not be negative, got {self.sample_prompts}")
         require(self.reward_timeout > 0, f"reward_timeout must be above 0 seconds, got {self.reward_timeout}")
         require(

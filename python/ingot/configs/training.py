@@ -103,10 +103,14 @@ class RunConfig:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values, in the shape that a TOML file has."""
-        fields = dataclasses.asdict(self)
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-        return {name: value for name, value in plain.items() if value is not None}
+        """All fields as plain values, in the shape that a TOML file has: what is None by default is left out, another None is "none"."""
+        values = dataclasses.asdict(self)
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = values[field.name]
+            if value is not None or field.default is not None:
+                plain[field.name] = "none" if value is None else list(value) if isinstance(value, tuple) else value
+        return plain
 
     @classmethod
     def fields_of(cls, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -119,6 +123,8 @@ class RunConfig:
                 values[field.name] = tuple(value)
             elif isinstance(field.default, tuple) and isinstance(value, str):
                 values[field.name] = (value,)
+            elif value == "none" and field.default is not None and "None" in str(field.type):
+                values[field.name] = None
         return values
 
     @classmethod

@@ -26,6 +26,7 @@ from ingot.training.callbacks import Callback
 from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions
 from ingot.training.experience import Draw, Experience, gather, shown
+from ingot.training.gates import best_of_n, gate_verdict
 from ingot.training.progress import Display, Status
 from ingot.training.rewards import RewardError
 from ingot.training.runs import RunFolder
@@ -37,6 +38,8 @@ from ingot.training.verdicts import Verdict, write_verdict
 OnlineT = TypeVar("OnlineT", bound=OnlineConfig)
 
 _HELD_OUT_STREAM = 7
+_GATE_STREAM = 8
+_GATE_PROMPTS = 64
 _SIGN_OF_LIFE_S = 0.2
 _WATCHED = ("score", "judge", "gold")
 _LABELS = {
@@ -343,6 +346,48 @@ class OnlineTrainer(Trainer[OnlineT]):
         return f"the best {what} on held-out prompts ({-loss:.4f})"
 
 
+def require_best_of_n(config: OnlineConfig, setup: Setup, display: Display) -> Verdict | None:
+    """Before a policy is trained against a reward: the reward's favourite among some answers must please somebody whom the reward does
+    not know (:mod:`ingot.training.gates`). None where nobody watches, nothing is held out, or ``config.gate_answers`` is 0.
+
+    Raises
+    ------
+    RunError
+        It does not, and ``config.force`` is not set.
+    """
+    prompts, watcher = setup.prompts.held_out_sample(_GATE_PROMPTS), setup.scorers.watcher
+    if not config.gate_answers or not prompts:
+        return None
+    if watcher is None:
+        display.say(
+            "gate      nobody but the reward will judge this run: give --judge or --gold to see whether it is gamed"
+        )
+        return None
+    experience = gather(
+        setup,
+        prompts,
+        policy=setup.policy,
+        num_generations=config.gate_answers,
+        first_episode=0,
+        seed=mix(config.seed, _GATE_STREAM),
+        progress=lambda done, total: display.work("judging the best of n", done, total),
+    )
+    scores = experience.scores
+    judged = scores.gold if watcher == "gold" else scores.judge
+    assert judged is not None
+    shape = (len(prompts), config.gate_answers)
+    verdict = gate_verdict(
+        best_of_n(scores.total.reshape(shape), judged.reshape(shape)), reward=setup.scorers.name, judge=watcher
+    )
+    if verdict.passed:
+        display.say(f"gate      passed: {verdict.text}")
+    elif config.force:
+        display.say(f"gate      did not pass, going on by force: {verdict.text}")
+    else:
+        raise RunError(f"best of {config.gate_answers} did not pass: {verdict.text} (--force goes on all the same)")
+    return verdict
+
+
 def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watched: Sequence[str]) -> Verdict:
     """Held-out answers of two policies to the same prompts, in words.
 
@@ -385,14 +430,14 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
     if not risen[counts]:
         others = [name for name in watched if name != counts and risen[name]]
         advice.append(
-            f"the {counts} did not rise although the proxy did: the reward is being gamed; take a larger --kl-coef, a better reward model, or stop earlier"
+            f"the {counts} did not rise although the proxy did: the reward is being gamed; give the KL more weight, take a better reward model, or stop earlier"
             if others
             else f"the {_LABELS[counts]} did not rise: train longer or with a higher --learning-rate, and look at whether best of n gains anything"
         )
     if not ends:
         advice.append("answers end less often: raise --missing-eos-penalty or the answers' length")
     if not diverse:
-        advice.append("answers became alike: raise --kl-coef or lower --learning-rate")
+        advice.append("answers became alike: give the KL more weight or lower --learning-rate")
     return Verdict(
         passed=risen[counts] and ends and diverse,
         sentences=tuple(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences),

@@ -39,7 +39,7 @@ def policy_rules(*, kl_target: float | None, watched: Sequence[str] = ()) -> lis
         ),
         _kl_rule(kl_target),
         below_share_of_start(
-            "entropy collapse", "entropy", 0.2, "the policy repeats itself; raise kl_coef or ent_coef"
+            "entropy collapse", "entropy", 0.2, "the policy repeats itself; give the KL or the entropy more weight"
         ),
         above("clipping", "policy/clipfrac_avg", 0.5, "learning rate or number of epochs too high"),
         above(
@@ -56,14 +56,17 @@ def policy_rules(*, kl_target: float | None, watched: Sequence[str] = ()) -> lis
             "is length what is rewarded? penalise it, or regress it out of the reward",
         ),
         _correlated(),
-        drifted(
-            "fewer or more ends",
+        below_share_of_start(
+            "fewer ends",
             "completions/eos_rate",
             0.5,
-            "answers end otherwise than at the start; look at the samples",
+            "answers run into their longest length; raise missing_eos_penalty or that length",
         ),
         above(
-            "numbers lost", "num_dropped", 0.0, "log-probabilities or scores are not finite; lower the learning rate"
+            "numbers lost",
+            "num_dropped",
+            0.0,
+            "log-probabilities are not finite (lower the learning rate), or no reward has anything to say about some answers",
         ),
         *[rule for name in watched for rule in (turned_against(name), overoptimised(name))],
     ]
@@ -102,7 +105,7 @@ def tax_rule() -> Rule:
             return None
         return (
             f"held-out pretraining text went from {first:.3f} to {last:.3f} bits per byte: what pretraining taught is being lost; "
-            "raise ptx_coef, lower the learning rate or raise kl_coef"
+            "raise ptx_coef, lower the learning rate or give the KL more weight"
         )
 
     return Rule("alignment tax", ("eval_ptx_bpb",), check)
@@ -120,7 +123,7 @@ def turned_against(watched: str) -> Rule:
             return None
         return (
             f"answers that the proxy scores higher now have a lower {watched} (correlation {mean:.2f}): what is learned from here on is "
-            "gaming; stop here, raise kl_coef, or renew the reward model"
+            "gaming; stop here, give the KL more weight, or renew the reward model"
         )
 
     return Rule(f"proxy against {watched}", (name,), check)
@@ -146,7 +149,7 @@ def overoptimised(watched: str) -> Rule:
             return None
         return (
             f"since update {best + _FEW} the proxy rose from {proxies[0]:.3g} to {proxies[1]:.3g} while {watched} fell from "
-            f"{means[best]:.3g} to {means[-1]:.3g}: the reward is being gamed; go back to the best evaluation, raise kl_coef, or renew the reward model"
+            f"{means[best]:.3g} to {means[-1]:.3g}: the reward is being gamed; go back to the best evaluation, give the KL more weight, or renew the reward model"
         )
 
     return Rule(f"over-optimisation ({watched})", ("objective/scores", mean, std, size), check)
@@ -160,7 +163,7 @@ def _kl_rule(target: float | None) -> Rule:
             return None
         why = f"3 times its target of {target:g}" if target is not None else f"{limit:.3g}"
         return (
-            f"KL to the reference is {kl:.3g} nats an answer, beyond {why}: kl_coef is too small or the learning rate too high; "
+            f"KL to the reference is {kl:.3g} nats an answer, beyond {why}: its weight is too small or the learning rate too high; "
             "what the reward model says that far away means little"
         )
 

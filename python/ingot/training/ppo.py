@@ -37,7 +37,7 @@ from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Experience, gather
-from ingot.training.online import OnlineTrainer, Stopped
+from ingot.training.online import OnlineTrainer, Stopped, require_best_of_n
 from ingot.training.policy_alarms import critic_rules, policy_rules, tax_rule
 from ingot.training.pretraining_mix import PretrainingMix
 from ingot.training.progress import Display, make_display
@@ -94,8 +94,10 @@ def ppo(
         _decide(config, setup, actors, PretrainingMix.open(config, setup.encoder.tokenizer, display), {}, 0, display)
         return TrainingResult([], setup.policy, setup.encoder.tokenizer, Path(config.output), None, None)
     require_gates(config, display)
+    gate = require_best_of_n(config, setup, display)
     with RunFolder.create(config.output, "ppo", config.to_dict()) as folder:
         keep(config, folder, setup)
+        folder.facts["gate"] = None if gate is None else dataclasses.asdict(gate)
         return _train(folder, config, setup, callbacks, display)
 
 

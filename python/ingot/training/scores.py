@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +30,7 @@ from ingot.losses.advantages import penalize_missing_eos
 from ingot.losses.numerics import Float64
 from ingot.models.base import IntArray, LongArray
 from ingot.tokenizer import Tokenizer
+from ingot.training.gates import require_other_judge
 from ingot.training.prompts import Prompt
 from ingot.training.rewards import RewardFunction, RewardFunctions, completion_like
 
@@ -129,7 +129,7 @@ class Scorers:
     Raises
     ------
     ConfigError
-        There is no reward, one cannot be loaded, a reward model reads another tokenizer, or the judge is what is trained against.
+        There is no reward, one cannot be loaded, a reward model reads another tokenizer, or judge or gold is what is trained against.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class Scorers:
             raise ConfigError(
                 f"reward_weights has {len(weights)} numbers for {len(sources)} rewards: give one for each, the reward model's first"
             )
+        known_gold = gold or config.gold
         self._models: list[tuple[TokenScorer, float]] = []
         functions: list[Any] = []
         function_weights: list[float] = []
@@ -164,21 +165,29 @@ class Scorers:
             else:
                 functions.append(source)
                 function_weights.append(weight)
+        if known_gold is not None:
+            require_other_judge(sources, known_gold)
         for model, _ in self._models:
             self._require_tokens(model, config.model)
         timeout_s = config.reward_timeout
         self._functions = RewardFunctions(functions, function_weights, timeout_s=timeout_s) if functions else None
-        known_gold = gold or config.gold
         self._gold = None if known_gold is None else RewardFunctions([known_gold], timeout_s=timeout_s)
         self._judge: TokenScorer | None = None
         if config.judge is not None:
-            if any(Path(each).resolve() == Path(config.judge).resolve() for each in config.rewards):
-                raise ConfigError(
-                    f"--judge {config.judge} is what is trained against, so that it judges nothing: give one that was trained on other "
-                    "judgements, or leave it out"
-                )
+            require_other_judge(sources, config.judge)
             self._judge = self._load(config.judge, config)
             self._require_tokens(self._judge, config.model)
+
+    @property
+    def name(self) -> str:
+        """Of all that is trained against."""
+        functions = () if self._functions is None else self._functions.names
+        return " + ".join([*(model.name for model, _ in self._models), *functions])
+
+    @property
+    def watcher(self) -> str | None:
+        """Who is not trained against and knows best what is wanted: ``gold``, else ``judge``, else nobody."""
+        return "gold" if self.has_gold else "judge" if self.has_judge else None
 
     @property
     def has_judge(self) -> bool:
