@@ -307,7 +307,11 @@ def _results(report: Mapping[str, Any]) -> dict[str, Any]:
                 "after": _shown(after, kind),
                 "dpo": _shown(other, kind),
                 "change": _interval(change),
-                "wanted": [{"text": _bound(each), "met": each.get("met")} for each in wanted],
+                # The other rows have their unit beside them; this bound is a share.
+                "wanted": [
+                    {"text": _bound(each) + (" of before" if name == "diversity" else ""), "met": each.get("met")}
+                    for each in wanted
+                ],
             }
         )
     accuracy = finite(report.get("reward_accuracy"))
