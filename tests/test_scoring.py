@@ -14,6 +14,7 @@ import transformers
 from safetensors.numpy import load_file
 
 import ingot
+from ingot.cli import main
 from ingot.configs import ModelConfig
 from ingot.data.chat import ChatEncoder, ChatTemplate
 from ingot.errors import CheckpointError, ConfigError, DataError
@@ -219,3 +220,14 @@ def test_the_native_and_the_torch_backend_agree(tmp_path):
     native = RewardModel.load(folder, threads=1).score([PROMPT] * 3, words)
     torch_scores = ingot.RewardModel.load(folder, backend="torch", device="cpu").score([PROMPT] * 3, words)
     np.testing.assert_allclose(native, torch_scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "eval", "pretrain"])
+def test_a_reward_model_writes_nothing(tmp_path, capsys, command):
+    folder = write(new_model(), tmp_path / "rm")
+    (tmp_path / "text.txt").write_text("words " * 500)
+    model = ["--model", str(folder)] if command == "pretrain" else [str(folder)]
+    data = ["--data", str(tmp_path / "text.txt")] if command in ("eval", "pretrain") else []
+    output = ["--output", str(tmp_path / "run"), "--max-length", "32"] if command == "pretrain" else []
+    assert main([command, *model, *data, *output]) == 1
+    assert "rm: is a reward model, which scores and writes nothing: give a model that writes" in capsys.readouterr().err

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ingot._native import build_info
     from ingot.configs import (
         Architecture,
+        DistillConfig,
         DPOConfig,
+        GRPOConfig,
         ModelConfig,
         PPOConfig,
         PretrainConfig,
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
     from ingot.reporting import report
     from ingot.tokenizer import Tokenizer
+    from ingot.training.distill import distill
     from ingot.training.dpo import dpo
+    from ingot.training.grpo import grpo
     from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
@@ -43,6 +47,8 @@ _HOMES = {
     "ingot.configs": (
         "Architecture",
         "DPOConfig",
+        "DistillConfig",
+        "GRPOConfig",
         "ModelConfig",
         "PPOConfig",
         "PretrainConfig",
@@ -58,7 +64,9 @@ _HOMES = {
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
     "ingot.reporting": ("report",),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.distill": ("distill",),
     "ingot.training.dpo": ("dpo",),
+    "ingot.training.grpo": ("grpo",),
     "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
@@ -76,6 +84,8 @@ __all__ = [
     "Corpus",
     "DPOConfig",
     "DataError",
+    "DistillConfig",
+    "GRPOConfig",
     "IngotError",
     "Model",
     "ModelConfig",
@@ -94,9 +104,11 @@ __all__ = [
     "__version__",
     "build_info",
     "compare_models",
+    "distill",
     "dpo",
     "evaluate",
     "generate",
+    "grpo",
     "load_model",
     "ppo",
     "pretrain",

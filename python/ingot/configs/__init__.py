@@ -5,7 +5,9 @@ This package stays light (no numpy, no native code), so that ``ingot --help`` an
 """
 
 from ingot.configs.checks import check_keys, load_recipe, load_toml, parse_duration, recipe_names, require
+from ingot.configs.distill import DistillConfig
 from ingot.configs.dpo import DPOConfig
+from ingot.configs.grpo import GRPOConfig
 from ingot.configs.model import Activation, Architecture, AttentionBias, ModelConfig, Norm, Position
 from ingot.configs.online import OnlineConfig
 from ingot.configs.ppo import PPOConfig
@@ -20,6 +22,8 @@ __all__ = [
     "AttentionBias",
     "Backend",
     "DPOConfig",
+    "DistillConfig",
+    "GRPOConfig",
     "Level",
     "ModelConfig",
     "Norm",

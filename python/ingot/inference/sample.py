@@ -26,7 +26,7 @@ from ingot.json_lines import append_lines, is_row
 from ingot.losses.best_of_n import best_of_n_kl_bound, best_rows, expected_max
 from ingot.models import Backend, load_model
 from ingot.models.base import IntArray, Sampling
-from ingot.models.hf import open_folder
+from ingot.models.hf import require_writer
 from ingot.tokenizer import Tokenizer
 from ingot.training.interruption import Interruption
 from ingot.training.progress import Display, SilentDisplay
@@ -334,8 +334,7 @@ def open_writer(folder: str | Path, threads: int | None, backend: Backend, devic
     CheckpointError
         There is no model, or it is damaged.
     """
-    if open_folder(folder).labels is not None:
-        raise ConfigError(f"{folder}: is a reward model, which scores and writes nothing: give a model that writes")
+    require_writer(folder)
     model = load_model(folder, backend=backend, device=device, threads=threads)
     tokenizer = Tokenizer.from_file(folder)
     if tokenizer.vocab_size > model.config.vocab_size:

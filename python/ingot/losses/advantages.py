@@ -29,6 +29,13 @@ def penalize_missing_eos(
     return f64(np.where(ended, scores, (0.0 if replace else f64(scores)) - missing_eos_penalty))
 
 
+def soft_overlong_punishment(lengths: Ints, *, max_completion_length: int, soft_punish_cache: int) -> Float64:
+    """What responses of these lengths [S] lose, f64 [S]: 0 up to max_completion_length - soft_punish_cache tokens, from there linearly
+    to -1 at max_completion_length (Yu et al. 2025, eq. 13)."""
+    over = f64(lengths) - (max_completion_length - soft_punish_cache)
+    return -np.clip(over / soft_punish_cache, 0.0, 1.0)
+
+
 def token_rewards(
     scores: Floats,
     logprobs: Floats,
@@ -205,6 +212,12 @@ def reinforce_plus_plus_advantages(rewards: Floats, targets: Ints, offsets: Ints
     """
     to_go, _ = generalized_advantages(rewards, np.zeros(len(targets)), targets, offsets, gamma=gamma, lam=1.0)
     return whiten(to_go, targets)
+
+
+def groups_with_signal(rewards: Floats, group_ids: Ints) -> Bools:
+    """bool [S]: whether the rewards of its group differ. Where they are all the same, no answer is better than another."""
+    _, std, _ = _by_group(rewards, group_ids)
+    return ~np.isclose(std, 0.0)
 
 
 def _by_group(rewards: Floats, group_ids: Ints) -> tuple[Float64, Float64, Metrics]:

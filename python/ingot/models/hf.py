@@ -203,6 +203,20 @@ def _heads(
     return labels, tuple(numbers)
 
 
+def require_writer(folder: str | Path) -> None:
+    """Refuse a reward model, whose head for words is not in its files.
+
+    Raises
+    ------
+    ConfigError
+        It scores and does not write.
+    CheckpointError
+        As :func:`open_folder`.
+    """
+    if open_folder(folder).labels is not None:
+        raise ConfigError(f"{folder}: is a reward model, which scores and writes nothing: give a model that writes")
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """The configuration in a directory's ``config.json``; a ``CheckpointError`` where ingot has no such network."""
     return config_from_hf(_read_fields(folder), str(Path(folder) / CONFIG_FILE))

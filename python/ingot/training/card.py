@@ -26,6 +26,9 @@ _INTRODUCTIONS = {
     "what the reward does not see, nothing was done about.",
     "reward": "A reward model trained on people's rankings with `ingot reward`: it scores answers, higher for those that its judges would "
     "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
+    "grpo": "A language model trained with `ingot grpo` to give answers that a reward likes, compared with others to the same prompt. "
+    "It is as good as that reward: what the reward does not see, nothing was done about.",
+    "distill": "A language model trained with `ingot distill` to answer as a better model does. It has its teacher's faults too.",
 }
 _PIPELINES = {"reward": "text-classification"}
 
@@ -95,11 +98,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
             _INTRODUCTIONS[facts["kind"]],
             "",
-            "| rewards |  |"
-            if "prompts_hash" in data
-            else "| losses, nats per judgement | |"
-            if facts["kind"] == "reward"
-            else "| losses, nats per token | |",
+            _heading(facts),
             "|---|---|",
             *measured,
             "",
@@ -115,3 +114,10 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
         ]
     )
+
+
+def _heading(facts: Mapping[str, Any]) -> str:
+    """Of the table of what was measured."""
+    if "prompts_hash" in facts["data"]:
+        return "| measured on held-out prompts | |"
+    return "| losses, nats per judgement | |" if facts["kind"] == "reward" else "| losses, nats per token | |"

@@ -50,7 +50,7 @@ from ingot.training.preferences import (
     prepare_preferences,
     verdicts_of,
 )
-from ingot.training.progress import Display, make_display
+from ingot.training.progress import Display, duration, make_display
 from ingot.training.reference_logprobs import ReferenceLogprobs, reference_logprobs, sequence_logprobs
 from ingot.training.rollouts import banned_ids_of, recompute_logprobs, sample_rollouts
 from ingot.training.runs import RunFolder
@@ -265,6 +265,15 @@ def _decide(
         shape=f"{config.per_device_train_batch_size} rows in packs of up to {preferences.pack_length}",
         passes=(decisions.max_steps - done) / epoch,
     )
+    if done == 0:
+        # A forward pass is about a third of a step.
+        parts = [preferences.held_out] + ([] if config.reference_free else [preferences.train])
+        tokens = sum(int(part.lengths().sum()) for part in parts)
+        seconds = duration(tokens / probe.step_tokens * probe.step_s / 3)
+        by = config.reference_model or config.model
+        display.say(
+            f"reference {sum(len(group) for part in parts for group in part.groups):,} answers, scored once by {by}, about {seconds}"
+        )
     return decisions, cost
 
 
@@ -588,7 +597,10 @@ class _Run(Trainer[DPOConfig]):
         self.count(metrics["loss"], info, sum(len(pack.tokens) for pack in packs), began)
         if self.due(config.logging_steps):
             epoch = state.step / self.preferences.batches.steps_per_epoch
-            self.log(epoch, info.grad_norm, rate, **{name: metrics[name] for name in metrics if name != "loss"})
+            answers = sum(len(pack.offsets) - 1 for pack in packs)
+            shown = {name: value for name, value in metrics.items() if name != "loss"}
+            shown["time/episodes_per_s"] = answers / (time.perf_counter() - began)
+            self.log(epoch, info.grad_norm, rate, **shown)
 
     def evaluate(self) -> None:
         """Held-out loss and accuracy, answers; the best weights so far go to the top of the run's folder. Given up when asked to stop."""
@@ -651,8 +663,6 @@ class _Run(Trainer[DPOConfig]):
         if config.couples_batch:
             point = _bco_point(config, answers)
         _, _, metrics = _objective(config, answers, _totals(answers.compared, answers.lengths), point)
-        if config.on_verdicts:
-            metrics["kl"] = point
         metrics["entropy"] = entropy / num_tokens
         scores = {
             "": _implicit_rewards(config, answers),
@@ -707,9 +717,6 @@ class _Run(Trainer[DPOConfig]):
         single = any(isinstance(row, UnpairedPreference) for row in self.preferences.held_out.rows)
         found = verdict_of(self.folder.metrics.read(), self.state.best_step, verdicts=single)
         self.display.stop()
-        if found is None:
-            self.display.say("verdict   none: nothing was held out to judge the model by (--held-out)")
-            return
         self.guarded(lambda: write_verdict(self.folder.path, found))
         self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
 

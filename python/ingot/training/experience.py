@@ -16,7 +16,7 @@ from ingot.losses.packed import sum_by_sequence
 from ingot.models.base import FloatArray, LongArray, Model, Sampling
 from ingot.training.prompts import Prompt
 from ingot.training.rollouts import Mismatch, Progress, Rollouts, logprob_mismatch, recompute, sample_rollouts
-from ingot.training.scores import Scores
+from ingot.training.scores import Scores, correlation
 from ingot.training.setup import Setup
 
 
@@ -191,14 +191,6 @@ def bigrams(rollouts: Rollouts) -> tuple[float, float]:
         total += len(pairs)
         repeated += len(pairs) - len(own)
     return (len(seen) / total, repeated / total) if total else (0.0, 0.0)
-
-
-def correlation(x: Float64, y: Float64) -> float:
-    """Pearson's, over pairs that are both finite; 0 where one of the two does not vary."""
-    keep = np.isfinite(x) & np.isfinite(y)
-    if np.count_nonzero(keep) < 2 or np.ptp(x[keep]) == 0.0 or np.ptp(y[keep]) == 0.0:
-        return 0.0
-    return float(np.corrcoef(x[keep], y[keep])[0, 1])
 
 
 def shown(content: Content) -> str:

@@ -7,6 +7,7 @@ A phase is a subclass with its own ``loop`` and ``train_step``. All that it chan
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +20,13 @@ from ingot.data.batches import mix
 from ingot.errors import RunError
 from ingot.losses.numerics import Float64, f64
 from ingot.models.base import StepInfo
+from ingot.reporting.charts import Series, draw_chart
 from ingot.training.alarms import Rule
 from ingot.training.callbacks import Callback
 from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions
 from ingot.training.experience import Draw, Experience, gather, shown
 from ingot.training.progress import Display, Status
-from ingot.reporting.charts import Series, draw_chart
 from ingot.training.rewards import RewardError
 from ingot.training.runs import RunFolder
 from ingot.training.setup import Setup
@@ -38,6 +39,13 @@ OnlineT = TypeVar("OnlineT", bound=OnlineConfig)
 _HELD_OUT_STREAM = 7
 _SIGN_OF_LIFE_S = 0.2
 _WATCHED = ("score", "judge", "gold")
+_LABELS = {
+    "score": "proxy (trained against)",
+    "judge": "judge (not trained against)",
+    "gold": "gold",
+    "kl": "KL to the start, nats an answer",
+    "eos_rate": "share of answers that end",
+}
 
 
 class Stopped(Exception):
@@ -193,9 +201,9 @@ class OnlineTrainer(Trainer[OnlineT]):
             )
 
     def status(self, loss: float | None) -> Status:
-        """Score and KL instead of a loss."""
+        """Score and KL instead of a loss. Of the peak nothing is said: an update passes over its tokens several times."""
         status = self.pace.status(self.state.step, loss, None)
-        return Status(**{**vars(status), "figures": self._figures})
+        return dataclasses.replace(status, figures=self._figures, share_of_peak=None)
 
     # ---- measuring
 
@@ -320,6 +328,15 @@ class OnlineTrainer(Trainer[OnlineT]):
         title = f"{self.folder.path.name}: rewards"
         return draw_chart([one for one in series if one.points], title, "update", "mean reward of an answer").encode()
 
+    def card(self, losses: dict[str, float | None], step: int) -> str:
+        """Text of README.md: what was measured of the exported weights, and before."""
+        table: dict[str, float | None] = {}
+        for key, when in (("first", "before"), ("best", "after")):
+            figures = self.state.extra.get(key, {}).get("figures", {})
+            for name in ("score", "judge", "gold", "kl", "eos_rate"):
+                table[f"{_LABELS[name]}, {when}"] = figures.get(f"eval_{name}")
+        return super().card(table, step)
+
     def best_in_words(self, loss: float) -> str:
         """By what the exported weights are the best."""
         what = {"objective": "reward less KL", "judge": "score by the judge", "gold": "gold score"}[self.export_by]
@@ -334,14 +351,13 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
     """
     sentences: list[str] = []
     figures: dict[str, float] = {"step": step}
-    names = {"score": "proxy (trained against)", "judge": "judge (not trained against)", "gold": "gold"}
     risen: dict[str, bool] = {}
     for name in watched:
         change, margin = _paired(first["each"][name], best["each"][name])
         before, after = first["figures"][f"eval_{name}"], best["figures"][f"eval_{name}"]
         risen[name] = change - margin > 0
         sentences.append(
-            f"{names[name]} went from {before:.3f} to {after:.3f} on {len(best['each'][name])} held-out prompts "
+            f"{_LABELS[name]} went from {before:.3f} to {after:.3f} on {len(best['each'][name])} held-out prompts "
             f"(change {change:+.3f} ± {margin:.3f})"
         )
         figures |= {
@@ -371,7 +387,7 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
         advice.append(
             f"the {counts} did not rise although the proxy did: the reward is being gamed; take a larger --kl-coef, a better reward model, or stop earlier"
             if others
-            else f"the {names[counts]} did not rise: train longer or with a higher --learning-rate, and look at whether best of n gains anything"
+            else f"the {_LABELS[counts]} did not rise: train longer or with a higher --learning-rate, and look at whether best of n gains anything"
         )
     if not ends:
         advice.append("answers end less often: raise --missing-eos-penalty or the answers' length")

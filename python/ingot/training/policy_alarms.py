@@ -10,6 +10,8 @@ from ingot.training.rollouts import MISMATCH_ALARM
 
 _SMOOTHED = 5
 """Updates that are looked at together: one rollout's mean score is mostly chance."""
+_FEW = 3
+"""The same where it has to be quick."""
 
 
 def policy_rules(*, kl_target: float | None, watched: Sequence[str] = ()) -> list[Rule]:
@@ -63,7 +65,7 @@ def policy_rules(*, kl_target: float | None, watched: Sequence[str] = ()) -> lis
         above(
             "numbers lost", "num_dropped", 0.0, "log-probabilities or scores are not finite; lower the learning rate"
         ),
-        *[overoptimised(name) for name in watched],
+        *[rule for name in watched for rule in (turned_against(name), overoptimised(name))],
     ]
 
 
@@ -106,6 +108,24 @@ def tax_rule() -> Rule:
     return Rule("alignment tax", ("eval_ptx_bpb",), check)
 
 
+def turned_against(watched: str) -> Rule:
+    """Alarm where among the answers of one rollout those that the proxy prefers are those that ``watched`` does not: to raise the
+    proxy further then lowers ``watched``, which the means show only once it has happened."""
+    name = f"objective/{watched}_correlation"
+
+    def check(lines: Sequence[Metrics]) -> str | None:
+        recent = [line[name] for line in lines[-_FEW:]]
+        mean = sum(recent) / len(recent)
+        if len(recent) < _FEW or mean >= -0.5:
+            return None
+        return (
+            f"answers that the proxy scores higher now have a lower {watched} (correlation {mean:.2f}): what is learned from here on is "
+            "gaming; stop here, raise kl_coef, or renew the reward model"
+        )
+
+    return Rule(f"proxy against {watched}", (name,), check)
+
+
 def overoptimised(watched: str) -> Rule:
     """Alarm where the proxy has risen since ``watched`` was at its best, and ``watched`` has fallen from there beyond chance.
 
@@ -115,17 +135,17 @@ def overoptimised(watched: str) -> Rule:
     mean, std, size = f"objective/{watched}", f"objective/{watched}_std", "val/num_episodes"
 
     def check(lines: Sequence[Metrics]) -> str | None:
-        if len(lines) < 2 * _SMOOTHED:
+        if len(lines) < 2 * _FEW:
             return None
-        blocks = [lines[end - _SMOOTHED : end] for end in range(_SMOOTHED, len(lines) + 1)]
-        means = [sum(line[mean] for line in block) / _SMOOTHED for block in blocks]
+        blocks = [lines[end - _FEW : end] for end in range(_FEW, len(lines) + 1)]
+        means = [sum(line[mean] for line in block) / _FEW for block in blocks]
         best = max(range(len(means)), key=means.__getitem__)
-        errors = [math.sqrt(sum(line[std] ** 2 / line[size] for line in blocks[at])) / _SMOOTHED for at in (best, -1)]
-        proxies = [sum(line["objective/scores"] for line in blocks[at]) / _SMOOTHED for at in (best, -1)]
+        errors = [math.sqrt(sum(line[std] ** 2 / line[size] for line in blocks[at])) / _FEW for at in (best, -1)]
+        proxies = [sum(line["objective/scores"] for line in blocks[at]) / _FEW for at in (best, -1)]
         if means[best] - means[-1] <= 4 * math.hypot(*errors) or proxies[1] <= proxies[0]:
             return None
         return (
-            f"since update {best + _SMOOTHED} the proxy rose from {proxies[0]:.3g} to {proxies[1]:.3g} while {watched} fell from "
+            f"since update {best + _FEW} the proxy rose from {proxies[0]:.3g} to {proxies[1]:.3g} while {watched} fell from "
             f"{means[best]:.3g} to {means[-1]:.3g}: the reward is being gamed; go back to the best evaluation, raise kl_coef, or renew the reward model"
         )
 

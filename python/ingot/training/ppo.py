@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ingot.configs import PPOConfig
-from ingot.data.batches import Cursor, Order, mix
+from ingot.data.batches import Cursor, mix
 from ingot.losses.advantages import generalized_advantages, token_rewards, whiten
 from ingot.losses.kl import AdaptiveKLController, FixedKLController, KLController, kl_loss
 from ingot.losses.numerics import Float64, Floats, Metrics, f64
@@ -46,10 +46,9 @@ from ingot.training.rewards import RewardFunction
 from ingot.training.rollouts import Rollouts, packs, recompute
 from ingot.training.runs import RunFolder
 from ingot.training.scores import TokenScorer
-from ingot.training.setup import Given, Setup, prepare
+from ingot.training.setup import Given, Setup, keep, prepare, require_gates
 from ingot.training.state import State
 from ingot.training.trainer import TrainingResult, begin, saved_config, saved_state, shown
-from ingot.training.verdicts import require_passed
 
 _DEFAULT_UPDATES = 200
 _MINIBATCH_STREAM = 3
@@ -89,16 +88,15 @@ def ppo(
     """
     display = make_display(quiet)
     given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
+    setup = prepare(config, None, given, display, num_values=config.critic == "shared")
     if dry_run:
-        setup = prepare(config, None, given, display, num_values=config.critic == "shared")
         actors = ActorCritic.start(config, setup)
         _decide(config, setup, actors, PretrainingMix.open(config, setup.encoder.tokenizer, display), {}, 0, display)
         return TrainingResult([], setup.policy, setup.encoder.tokenizer, Path(config.output), None, None)
-    for folder in (config.model, config.reward_model):
-        if folder:
-            require_passed(folder.partition(":")[0], force=config.force, display=display)
-    with RunFolder.create(config.output, "ppo", config.to_dict()) as run:
-        return _train(run, config, given, callbacks, display)
+    require_gates(config, display)
+    with RunFolder.create(config.output, "ppo", config.to_dict()) as folder:
+        keep(config, folder, setup)
+        return _train(folder, config, setup, callbacks, display)
 
 
 def resume(
@@ -134,17 +132,18 @@ def resume(
         run.require_kind("ppo")
         config = saved_config(run, folder, PPOConfig, max_steps=max_steps, threads=threads, level=level)
         given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
-        return _train(run, config, given, callbacks, display)
+        setup = prepare(config, run, given, display, num_values=config.critic == "shared")
+        return _train(run, config, setup, callbacks, display)
 
 
 def _train(
-    folder: RunFolder, config: PPOConfig, given: Given, callbacks: Sequence[Callback], display: Display
+    folder: RunFolder, config: PPOConfig, setup: Setup, callbacks: Sequence[Callback], display: Display
 ) -> TrainingResult:
-    """Prepare, restore, decide, loop."""
+    """Restore, decide, loop."""
     with shown(folder, display):
-        setup = prepare(config, folder, given, display, num_values=config.critic == "shared")
         ptx = PretrainingMix.open(config, setup.encoder.tokenizer, display)
-        folder.facts["data"] = setup.facts | ({} if ptx is None else ptx.facts)
+        if ptx is not None:
+            ptx.keep(config, folder)
         folder.facts["model_config"] = setup.policy.config.to_dict()
         actors = ActorCritic.start(config, setup)
         checkpoint = newest_usable(folder.path, display.say)
@@ -263,8 +262,8 @@ def learn(
     steps: list[Metrics] = []
     infos: list[StepInfo] = []
     for epoch in range(config.num_ppo_epochs):
-        order = Order(len(rollouts), mix(config.seed, _MINIBATCH_STREAM, step), epoch)
-        shuffled = np.array([order[index] for index in range(len(rollouts))])
+        draws = np.random.Philox(key=mix(config.seed, _MINIBATCH_STREAM, step, epoch)).random_raw(len(rollouts))
+        shuffled = np.argsort(draws, kind="stable")
         for numbers in np.array_split(shuffled, config.num_mini_batches):
             rows = rollouts.rows_of(numbers)
             batch = _Minibatch(

@@ -173,8 +173,11 @@ def rules(*, held_out: bool) -> tuple[Rule, ...]:
 # ---- the end
 
 
-def verdict_of(history: Sequence[Mapping[str, Any]], best_step: int | None, *, verdicts: bool) -> Verdict | None:
-    """What the run has shown, from its metrics.jsonl at the step whose weights it keeps; None where nothing was held out.
+def verdict_of(history: Sequence[Mapping[str, Any]], best_step: int | None, *, verdicts: bool) -> Verdict:
+    """What the run has shown, from its metrics.jsonl at the step whose weights it keeps.
+
+    It passes where the accuracy's interval lies above 50 % and the share of answers that the model ends by itself fell by at most
+    :data:`MAX_EOS_FALL`.
 
     Parameters
     ----------
@@ -185,7 +188,12 @@ def verdict_of(history: Sequence[Mapping[str, Any]], best_step: int | None, *, v
     """
     lines = [line for line in history if line.get("eval_accuracy") is not None]
     if not lines:
-        return None
+        return Verdict(
+            passed=False,
+            sentences=("Nothing was held out, so nothing is known of how often it prefers the better answer.",),
+            figures={},
+            advice="Train it again with --held-out 0.1.",
+        )
     # A resumed run may have measured a step twice: the last line counts.
     kept = [line for line in lines if line["step"] == best_step] or lines
     start, end = lines[0], kept[-1]

@@ -67,8 +67,8 @@ class Scores:
     """f64 [S]"""
 
     def metrics(self) -> dict[str, float]:
-        """``objective/scores`` with ``_std``, ``_min``, ``_max``; the same for ``judge`` and ``gold``; ``rewards/NAME/mean`` and ``/std``
-        as in TRL."""
+        """``objective/scores`` with ``_std``, ``_min``, ``_max``; the same for ``judge`` and ``gold``, and how they correlate with the
+        scores over these answers; ``rewards/NAME/mean`` and ``/std`` as in TRL."""
         found: dict[str, float] = {}
         for name, values in (("scores", self.total), ("judge", self.judge), ("gold", self.gold)):
             there = np.empty(0) if values is None else values[np.isfinite(values)]
@@ -79,6 +79,9 @@ class Scores:
                     f"objective/{name}_min": float(there.min()),
                     f"objective/{name}_max": float(there.max()),
                 }
+        for name, values in (("judge", self.judge), ("gold", self.gold)):
+            if values is not None:
+                found[f"objective/{name}_correlation"] = correlation(self.total, values)
         for name, values in self.each.items():
             there = values[np.isfinite(values)]
             found[f"rewards/{name}/mean"] = float(there.mean()) if there.size else 0.0
@@ -251,3 +254,11 @@ def _as_told(
         [completion_like(prompt.content, text) for prompt, text in zip(prompts, texts, strict=True)],
         {name: [prompt.columns.get(name) for prompt in prompts] for name in names},
     )
+
+
+def correlation(x: Float64, y: Float64) -> float:
+    """Pearson's, over pairs that are both finite; 0 where one of the two does not vary."""
+    keep = np.isfinite(x) & np.isfinite(y)
+    if np.count_nonzero(keep) < 2 or np.ptp(x[keep]) == 0.0 or np.ptp(y[keep]) == 0.0:
+        return 0.0
+    return float(np.corrcoef(x[keep], y[keep])[0, 1])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ingot.configs import OnlineConfig
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError, RunError
 from ingot.inference.prompts import PromptEncoder
+from ingot.inference.scoring import split_name
 from ingot.models import Model as make_model
 from ingot.models import load_model
 from ingot.models.base import IntArray, Model
@@ -24,6 +26,7 @@ from ingot.training.rewards import RewardFunction
 from ingot.training.rollouts import banned_ids_of
 from ingot.training.runs import RunFolder
 from ingot.training.scores import Scorers, TokenScorer
+from ingot.training.verdicts import require_passed
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -69,7 +72,7 @@ def prepare(
     Parameters
     ----------
     folder
-        Of the run, which keeps its tokenizer and template; None for a dry run.
+        Of a run that goes on (:func:`keep`); None for a dry run, and for a new run until it is known that all fits together.
     num_values
         Scalar heads that the policy gets beside it, at 0.
 
@@ -129,11 +132,7 @@ def prepare(
         "template_hash": encoder.chat.template.hash if encoder.chat else "",
         "model_hash": weights_hash(policy.state()),
     }
-    if folder is not None:
-        _require_unchanged(config, folder, facts)
-        if not (folder.path / "tokenizer.json").is_file():
-            folder.save_tokenizer(tokenizer, encoder.chat)
-    return Setup(
+    setup = Setup(
         policy=policy,
         reference=reference_of(policy),
         encoder=encoder,
@@ -146,6 +145,42 @@ def prepare(
         pack_length=pack_length,
         facts=facts,
     )
+    if folder is not None:
+        keep(config, folder, setup)
+    return setup
+
+
+def keep(config: OnlineConfig, folder: RunFolder, setup: Setup) -> None:
+    """Record in a run's folder what it begins with, tokenizer and template included; of a resumed one, refuse what has changed.
+
+    Raises
+    ------
+    RunError
+        Says what changed, and what to do.
+    """
+    known = folder.facts.get("data", {})
+    for name, what, remedy in _REMEDIES:
+        if known and known[name] != setup.facts[name]:
+            raise RunError(
+                f"{what(config)} changed since this run began: {remedy} as it was, or start a new run from {folder.path}"
+            )
+    folder.facts["data"] = known | setup.facts
+    if not (folder.path / "tokenizer.json").is_file():
+        folder.save_tokenizer(setup.encoder.tokenizer, setup.encoder.chat)
+
+
+def require_gates(config: OnlineConfig, display: Display) -> None:
+    """Repeat the verdicts of the runs that this one builds on, and refuse a failed one unless ``config.force``.
+
+    Raises
+    ------
+    RunError
+        One did not pass; says why and what to do.
+    """
+    for name in (config.model, *config.rewards):
+        folder = split_name(name)[0]
+        if Path(folder).is_dir():
+            require_passed(folder, force=config.force, display=display)
 
 
 def load_policy(config: OnlineConfig, num_values: int = 0) -> Model:
@@ -183,12 +218,3 @@ _REMEDIES: tuple[tuple[str, Callable[[OnlineConfig], str], str], ...] = (
     ("template_hash", lambda config: f"the chat template in {config.model}", "bring it back"),
     ("prompts_hash", lambda config: ", ".join(config.prompts) or "the prompts given", "bring the rows back"),
 )
-
-
-def _require_unchanged(config: OnlineConfig, folder: RunFolder, facts: dict[str, Any]) -> None:
-    known = folder.facts.get("data", {})
-    for name, what, remedy in _REMEDIES:
-        if known and known[name] != facts[name]:
-            raise RunError(
-                f"{what(config)} changed since this run began: {remedy} as it was, or start a new run from {folder.path}"
-            )
