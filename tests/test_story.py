@@ -64,6 +64,7 @@ def full_report() -> dict[str, Any]:
             "preferred_after": {"wanted": ">= 0.90", "reached": 0.943, "met": True},
             "follows_prompt_change": {"wanted": ">= -0.03", "reached": -0.012, "met": True},
             "reward_accuracy": {"wanted": ">= 0.90", "reached": 0.934, "met": True},
+            "diversity_after": {"wanted": ">= 0.50", "reached": 0.806, "met": True},
         },
         "num_held_out": 4000,
         "temperature": 1.0,
@@ -124,9 +125,9 @@ def test_the_figures_are_those_of_the_report():
     for words in (
         "52.1 % → 94.3 % stories that please their reader",
         "93.4 % of held-out pairs the reward model orders rightly",
-        "Stories that please their reader 52.1 % 94.3 % +42.2 (+40.5 to +43.9) 88.7 % ✓ >= 0.90",
-        "Stories that do all that was asked 96.2 % 95.8 % -0.4 (-1.2 to +0.4) 94.9 % ✓ >= -0.03",
-        "Diversity: entropy of its stories, nats 21.4 17.25",
+        "Stories that please their reader 52.1 % 94.3 % +42.2 (+40.5 to +43.9) 88.7 % ✓ ≥ 0.90",
+        "Stories that do all that was asked 96.2 % 95.8 % -0.4 (-1.2 to +0.4) 94.9 % ✓ ≥ -0.03",
+        "Diversity: entropy of its stories, nats 21.4 17.25 16.5 ✓ ≥ 0.50 of before",
         "Distance from the model before (KL), nats a story 3.14 4.5",
         "In 9 min 1 s of training",
         "1,234,567 weights",
@@ -171,9 +172,9 @@ def test_a_missed_target_is_said_with_its_reason():
         "why": "Too few updates fit; 400 would do.",
     }
     page = page_of(report)
-    assert "preferred after : wanted >= 0.90, reached 0.81. Too few updates fit; 400 would do." in page.text
+    assert "preferred after : wanted ≥ 0.90, reached 0.81. Too few updates fit; 400 would do." in page.text
     assert "Every target is met" not in page.text
-    assert "✗ >= 0.90" in page.text
+    assert "✗ ≥ 0.90" in page.text
 
 
 def test_a_person_who_ranks_is_named():

@@ -307,7 +307,11 @@ def _results(report: Mapping[str, Any]) -> dict[str, Any]:
                 "after": _shown(after, kind),
                 "dpo": _shown(other, kind),
                 "change": _interval(change),
-                "wanted": [{"text": str(each.get("wanted", "")), "met": each.get("met")} for each in wanted],
+                # The other rows have their unit beside them; this bound is a share.
+                "wanted": [
+                    {"text": _bound(each) + (" of before" if name == "diversity" else ""), "met": each.get("met")}
+                    for each in wanted
+                ],
             }
         )
     accuracy = finite(report.get("reward_accuracy"))
@@ -317,10 +321,14 @@ def _results(report: Mapping[str, Any]) -> dict[str, Any]:
 def _missed(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Targets that were not reached, each with what was wanted and why."""
     return [
-        {"name": str(name).replace("_", " "), **target}
+        {"name": str(name).replace("_", " "), **target, "wanted": _bound(target)}
         for name, target in mapping(report.get("targets")).items()
         if isinstance(target, Mapping) and target.get("met") is False
     ]
+
+
+def _bound(target: Mapping[str, Any]) -> str:
+    return str(target.get("wanted", "")).replace(">=", "≥").replace("<=", "≤")
 
 
 def _hero(report: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -332,7 +332,7 @@ FIGURES: tuple[Figure, ...] = (
         "approximate KL",
         (Line("policy/approxkl_avg", "to the model that sampled"), Line("policy/approxkl_k3", "k3")),
         "How far one update moves the model. Below 0.02 is calm, above 0.1 is too far.",
-        ("ppo",),
+        _ONLINE,
         levels=((0.1, "alarm"),),
     ),
     Figure(
