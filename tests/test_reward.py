@@ -335,6 +335,17 @@ def test_transformers_opens_the_run_and_agrees(place):
     np.testing.assert_allclose(ours.score([ask("7?")], ["aab"]), logits[0] + theirs.config.score_bias, atol=1e-4)
 
 
+def test_both_backends_learn_the_same(place):
+    native = ingot.train_reward_model(config_at(place), quiet=True)
+    other = config_at(place, backend="torch", device="cpu", output=str(place / "torch"))
+    twin = ingot.train_reward_model(other, quiet=True)
+    # Not the mean reward: the loss leaves it open, so that it follows rounding.
+    for name in ("eval_loss", "eval_margin"):
+        assert last(twin)[name] == pytest.approx(last(native)[name], abs=5e-4)
+    words = [RewardModel.load(each.output).score([ask("1?")] * 2, ["aa", "b"]) for each in (native, twin)]
+    np.testing.assert_allclose(words[0], words[1], atol=2e-3)
+
+
 @pytest.mark.parametrize("loss_type", ["plackett_luce", "best_of", "rating"])
 def test_the_other_losses_learn_too(place, loss_type):
     entries = rows(150)
