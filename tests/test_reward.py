@@ -288,8 +288,8 @@ def test_ties_teach_nothing_or_that_both_are_even():
 
 
 def test_a_run_learns_and_its_scores_are_normal(place, capsys):
-    write_rows(place / "a.jsonl", rows(200, ("helpful", "harmless")))
-    config = config_at(place, max_steps=None, per_device_train_batch_size=16, held_out=0.2)
+    write_rows(place / "a.jsonl", rows(100, ("helpful", "harmless")))
+    config = config_at(place, max_steps=None, per_device_train_batch_size=8, held_out=0.2)
     result = ingot.train_reward_model(config)
     printed = capsys.readouterr().out
     assert "a head for each of helpful, harmless" in printed
