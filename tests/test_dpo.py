@@ -101,6 +101,26 @@ def test_pairs_lists_and_verdicts_as_numbered_sequences():
     ]
 
 
+@given(st.lists(st.lists(st.integers(1, 4), min_size=2, max_size=5), min_size=1, max_size=4))
+def test_lists_have_the_pairs_that_they_are_written_as(rankings):
+    """Whatever the ranks and ties: the same pairs, by number, as the preference rows that a list is exported to."""
+    rows, expected, first = [], [], [0]
+    for number, ranks in enumerate(rankings):
+        ranks = [rank - min(ranks) + 1 for rank in ranks]
+        responses = [f"answer {place}" for place in range(len(ranks))]
+        row = parse_row({"prompt": f"{number}", "responses": responses, "ranks": ranks})
+        for pair in row.preferences():
+            better, worse = pair.extra["response_numbers"]
+            expected.append((first[-1] + better, first[-1] + worse, pair.weight, number))
+        rows.append(row)
+        first.append(first[-1] + len(ranks))
+    found = comparisons_of(rows, first[:-1])
+    assert list(zip(found.chosen, found.rejected, found.weights, found.rows, strict=True)) == expected
+    apart = verdicts_of(rows, first[:-1])
+    assert apart.weights[apart.labels].sum() == pytest.approx(apart.weights[~apart.labels].sum())
+    assert found.weights.sum() == pytest.approx(len({number for *_, number in expected}))
+
+
 def test_mismatched_answers_are_of_another_prompt_and_short_enough(place):
     _, _, preferences = prepared(place, loss_type=("kto",), held_out=0.2)
     examples = preferences.train

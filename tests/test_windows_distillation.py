@@ -91,7 +91,7 @@ def test_a_student_of_the_teachers_texts_becomes_the_teacher():
     assert after < 1e-3
 
 
-def on_policy(seed: int = 0, shift: int = 0, sign: float = 1.0) -> tuple[float, float]:
+def on_policy(seed: int = 0, shift: int = 0, sign: float = 1.0, steps: int = 300) -> tuple[float, float]:
     """KL(student || teacher) before and after training on the student's own samples, scored by the teacher token by token.
 
     ``shift`` scores each action by the teacher's opinion of another one, ``sign`` turns it round: known mistakes.
@@ -99,7 +99,7 @@ def on_policy(seed: int = 0, shift: int = 0, sign: float = 1.0) -> tuple[float, 
     teacher, student = network(10 * seed + 1, 20.0), network(10 * seed + 2, 1.0)
     wanted = answer_logprobs(teacher)
     before = kl(answer_logprobs(student), wanted)
-    for step in range(300):
+    for step in range(steps):
         rollouts = sample(student, 128, 1000 * seed + step)
         scored = recompute_logprobs(teacher, rollouts)
         advantages = sign * reverse_kl_advantages(rollouts.logprobs, np.roll(scored, shift), rollouts.targets)
@@ -108,10 +108,11 @@ def on_policy(seed: int = 0, shift: int = 0, sign: float = 1.0) -> tuple[float, 
         weights = rollouts.mask / np.count_nonzero(rollouts.mask)
         _, d_logprobs, _ = reinforce_loss(out.logprobs, advantages, rollouts.targets, weights)
         student.backward(ctx, d_logprobs=d_logprobs)
-        student.step(rate(step, 300, 5e-3))
+        student.step(rate(step, steps, 5e-3))
     return before, kl(answer_logprobs(student), wanted)
 
 
+# Seeds 0 to 2: KL .0001 to .0002, from 2.2, .6 and 4.7. With the teacher's opinion of the token before, or the sign turned: above 2.
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_student_that_is_scored_on_its_own_samples_becomes_the_teacher(seed):
     before, after = on_policy(seed)
@@ -121,8 +122,8 @@ def test_a_student_that_is_scored_on_its_own_samples_becomes_the_teacher(seed):
 
 def test_scores_of_the_wrong_token_or_sign_fail():
     for changes in ({"shift": 1}, {"sign": -1.0}):
-        _, after = on_policy(**changes)
-        assert after > 0.1
+        _, after = on_policy(**changes, steps=80)
+        assert after > 0.5
 
 
 def test_the_best_of_four_as_training():
