@@ -46,7 +46,8 @@ class PPO(PPOConfig):
         if given & {"reward", "reward_weights"}:
             # Rewards on the command line stand instead of those of the file, and are not added to them; weights belong to their rewards.
             fields.pop("reward_weights", None)
-            fields.pop("reward" if "reward" in given else "", None)
+        if "reward" in given:
+            fields.pop("reward", None)
         return parse_flags(cls, arguments, prog="ingot ppo", default=cls(**fields))
 
     def settings(self) -> PPOConfig:
