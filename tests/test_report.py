@@ -190,6 +190,19 @@ def test_an_alarm_of_no_chart_is_marked_in_the_first(tmp_path):
     assert not any(one.get("marks") for one in figures[1:])
 
 
+def test_a_plain_word_is_no_metric_until_it_does_something(tmp_path):
+    lines = [
+        {"step": 1, "reward": 1.0, "objective/kl": 0.1, "entropy": 1.0},
+        {"step": 2, "reward": 2.0, "objective/kl": 9.0, "entropy": 0.1},
+    ]
+    lines += [{"step": 2, "alarm": "KL", "message": "it is 9 nats: what the reward says there means little"}]
+    lines += [{"step": 2, "alarm": "collapse", "message": "entropy fell from 1 to 0.1: low"}]
+    report = reporting.facts(told.write_run(tmp_path / "run", "grpo", metrics=lines))
+    marked = {one["title"]: [mark["sign"] for mark in one["marks"]] for one in report["figures"] if one["marks"]}
+    assert marked == {"Distance from the start (KL)": ["1"], "Entropy": ["2"]}
+    assert [alarm["metrics"] for alarm in report["alarms"]] == [[], ["entropy"]]
+
+
 def test_charts_hold_the_numbers_of_metrics(family):
     lines = [line for line in told.ppo_lines() if "alarm" not in line]
     told_of = reporting.facts(family / "ppo")

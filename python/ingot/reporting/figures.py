@@ -42,6 +42,8 @@ class Figure:
     """Cut off the first, untrained steps where they would press the rest to the ground."""
     folded: bool = False
     """Of interest to those who look for a fault."""
+    unless: str = ""
+    """A metric that says the same better: where a run has it, this is folded."""
     alarms: tuple[str, ...] = ()
     """Names of alarms that speak of it without naming a metric; * stands for anything."""
 
@@ -99,6 +101,7 @@ FIGURES: tuple[Figure, ...] = (
         _ONLINE,
         x="kl",
         x_title="KL to the reference",
+        unless="objective/scores",
     ),
     # The loss.
     Figure(
@@ -243,7 +246,15 @@ FIGURES: tuple[Figure, ...] = (
         "nats",
         (Line("kl", "KL"),),
         "How far the model has moved from the one it started as. It should rise slowly and level off.",
-        ("dpo", "grpo"),
+        ("dpo",),
+    ),
+    Figure(
+        "KL in the loss",
+        "nats per token",
+        (Line("kl", "KL", "eval_kl_loss"),),
+        "How far the model has moved from the one it started as, as its loss sees it. It should rise slowly and level off.",
+        ("grpo",),
+        unless="objective/kl",
     ),
     Figure(
         "What is optimised",
@@ -429,10 +440,10 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 _REWARDED = (
-    ("eval_score|objective/scores", "score by the proxy"),
+    ("eval_score|objective/scores|reward", "score by the proxy"),
     ("eval_judge|objective/judge", "score by the judge"),
     ("eval_gold|objective/gold", "score by gold"),
-    ("eval_kl|objective/kl", "KL to the reference, nats per answer"),
+    ("eval_kl|objective/kl|kl", "KL to the reference, nats per answer"),
     ("eval_mean_length|completions/mean_length", "tokens of an answer"),
     ("eval_entropy|entropy", "entropy, nats per token"),
 )
@@ -458,12 +469,7 @@ HEADLINES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("eval_kl|kl", "KL to the reference"),
     ),
     "ppo": _REWARDED,
-    "grpo": (
-        ("reward", "mean reward"),
-        *_REWARDED,
-        ("eval_kl|kl", "KL to the reference"),
-        ("frac_reward_zero_std", "groups without a signal"),
-    ),
+    "grpo": (*_REWARDED, ("frac_reward_zero_std", "groups without a signal")),
 }
 """Metrics whose first and last value say most (of several names, the first that a run has), and what to call them."""
 

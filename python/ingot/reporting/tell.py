@@ -124,7 +124,7 @@ def tell_alarms(record: Record) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(record.alarms, 1):
         message = str(line.get("message", ""))
-        spoken = [name for name in names if re.search(rf"(?<![\w/]){re.escape(name)}(?![\w/])", message)]
+        spoken = [name for name in names if _speaks_of(message, name)]
         found.append(
             {
                 "number": number,
@@ -197,7 +197,8 @@ def tell_figures(record: Record, alarms: Sequence[Mapping[str, Any]]) -> list[di
                 )
             left.pop(line.metric, None)
         if series:
-            drawn.append(_figure(figure, series, _levels(figure, record)))
+            folded = figure.folded or figure.unless in names
+            drawn.append(_figure(dataclasses.replace(figure, folded=folded), series, _levels(figure, record)))
     for name in list(left)[:_MOST_OTHERS]:
         if name.startswith("time/") or name in _COUNTERS:
             continue
@@ -300,43 +301,36 @@ def differences(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def overlaid(records: Sequence[Record], names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A chart for each metric that two or more runs have, a line for each run; losses only of phases that minimise the same."""
-    known = {
-        (line.metric, kind): figure
-        for figure in reversed(FIGURES)
-        for line in figure.lines
-        for kind in figure.kinds or ("",)
-    }
-    order = {line.metric: number for number, figure in reversed(list(enumerate(FIGURES))) for line in figure.lines}
-    for figure in FIGURES:
-        for line in figure.lines if figure.x != "step" else ():
-            for metric in (line.metric, line.held_out or f"eval_{line.metric}"):
-                every = [name for record in records for name in record.metric_names]
-                series = _of_all(records, names, metric, _x_of(figure, metric, every))
-                if len(series) > 1:
-                    yield _figure(dataclasses.replace(figure, title=f"{figure.title}: {line.label}"), series, [])
+    every = [name for record in records for name in record.metric_names]
+    places: dict[tuple[str, str], tuple[int, Figure, str]] = {}
+    for number, figure in enumerate(FIGURES):
+        for line in figure.lines:
+            several = f": {line.label}" if len(figure.lines) > 1 else ""
+            for metric, where in ((line.metric, ""), (line.held_out or f"eval_{line.metric}", ", held out")):
+                title = figure.title + several + where
+                if figure.x != "step":
+                    series = _of_all(records, names, metric, _x_of(figure, metric, every))
+                    if len(series) > 1:
+                        yield _figure(dataclasses.replace(figure, title=title), series, [])
+                    continue
+                for kind in figure.kinds or ("",):
+                    places.setdefault((metric, kind), (number, figure, title))
     groups: dict[tuple[str, str], list[int]] = {}
     for number, record in enumerate(records):
         for metric in record.metric_names:
             alike = _MINIMISED.get(record.kind, record.kind) if metric.endswith("loss") else ""
             groups.setdefault((metric, alike), []).append(number)
-    for (metric, _), members in sorted(
-        groups.items(), key=lambda group: order.get(group[0][0].removeprefix("eval_"), 99)
-    ):
+    drawn = []
+    for (metric, _), members in groups.items():
         if len(members) < 2 or metric in _COUNTERS:
             continue
-        base = metric.removeprefix("eval_")
-        kind = records[members[0]].kind
-        figure = (
-            known.get((base, kind))
-            or known.get((base, ""))
-            or Figure(metric, "", (), "As the runs recorded it.", folded=True)
-        )
-        labels = [line.label for line in figure.lines if line.metric == base]
-        title = f"{figure.title}: {labels[0]}" if len(figure.lines) > 1 and labels else figure.title
-        title += ", held out" if metric != base and figure.title != metric else ""
-        chosen = [records[number] for number in members]
-        series = _of_all(chosen, [names[number] for number in members], metric, "step")
-        yield _figure(dataclasses.replace(figure, title=title, x="step"), series, [])
+        plain = Figure(metric, "", (), "As the runs recorded it.", folded=True)
+        kinds = (*(records[number].kind for number in members), "")
+        found = (places[metric, kind] for kind in kinds if (metric, kind) in places)
+        place, figure, title = next(found, (len(FIGURES), plain, metric))
+        series = _of_all([records[number] for number in members], [names[number] for number in members], metric, "step")
+        drawn.append((place, _figure(dataclasses.replace(figure, title=title), series, [])))
+    yield from (told for _, told in sorted(drawn, key=lambda entry: entry[0]))
 
 
 def names_of(records: Sequence[Record]) -> list[str]:
@@ -393,6 +387,12 @@ def _scored(line: Mapping[str, Any]) -> list[dict[str, Any]]:
             if isinstance(number, int) and 0 <= number < len(told):
                 told[number]["facts"][name] = rank
     return told
+
+
+def _speaks_of(message: str, name: str) -> bool:
+    """Whether a message names a metric; one that is a plain word, such as reward, only where it is said what it did."""
+    did = "" if re.search(r"\W|_", name) else r" (is|was|rose|fell|went) "
+    return re.search(rf"(?<![\w/]){re.escape(name)}(?![\w/]){did}", message) is not None
 
 
 def _list(value: object) -> list[Any]:
