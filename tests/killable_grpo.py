@@ -27,6 +27,10 @@ def constant(prompts, completions):
     return [0.5] * len(completions)
 
 
+def share_low(prompts, completions):
+    return [sum(byte < 64 for byte in text.encode()) / 4 for text in completions]
+
+
 def low(prompts, completions):
     return [float(sum(byte < 64 for byte in text.encode()) > 1) for text in completions]
 '''

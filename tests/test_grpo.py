@@ -35,8 +35,8 @@ LOSS_TYPES = tuple(_METHODS)
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a model, prompts and a file of rewards."""
-    write_base(tmp_path / "base")
+    """A folder with a model (whose dropout is to be off), prompts and a file of rewards."""
+    write_base(tmp_path / "base", dropout=0.1)
     write_prompts(tmp_path / "prompts.jsonl")
     (tmp_path / "rewards.py").write_text(REWARDS)
     return tmp_path
@@ -437,7 +437,7 @@ def test_it_learns_and_says_so(place, capsys):
         learning_rate=2e-2,
         per_device_train_batch_size=32,
         eval_steps=20,
-        gold=f"{place / 'rewards.py'}:short",
+        gold=f"{place / 'rewards.py'}:share_low",
     )
     result = phase.grpo(config)
     assert result.history[-1]["eval_score"] == 1.0
@@ -457,6 +457,15 @@ def test_it_learns_and_says_so(place, capsys):
         value for name, value in lines[-1].items() if name.startswith("time/share_") and name != "time/share_of_peak"
     ]
     assert sum(shares) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_reward_whose_favourites_gold_does_not_like_is_refused(place):
+    config = config_at(place, gold=f"{place / 'rewards.py'}:constant")
+    with pytest.raises(RunError, match=r"best of 16 did not pass: .*\(--force goes on all the same\)"):
+        phase.grpo(config, quiet=True)
+    assert not (place / "run").exists()
+    forced = phase.grpo(dataclasses.replace(config, force=True), quiet=True)
+    assert forced.history[-1]["step"] == 2
 
 
 def test_dialogues_are_answered_as_messages(place):
@@ -641,6 +650,7 @@ def test_bad_input_is_one_clear_line(place, entries, changes, message):
         ({"gamma": 0.9}, r"gamma discounts rewards by token"),
         ({"kl_estimator": "k2"}, r"need a weight of the KL: give --beta above 0"),
         ({"beta": 0.1, "kl_estimator": "k1"}, r"kl_estimator k1 teaches nothing as a loss"),
+        ({"loss_type": "rloo", "kl_estimator": "k3"}, r"kl_estimator k3 in the reward does not hold the policy"),
         ({"beta": -0.1}, r"beta must be 0 or more"),
         ({"delta": 1.1}, r"delta must be above 1 \+ epsilon_high = 1\.28"),
         ({"soft_punish_cache": 65}, r"soft_punish_cache must be at least 1 and at most max_completion_length 64"),
@@ -661,6 +671,8 @@ def test_what_is_left_open_is_what_the_method_has():
     assert GRPOConfig(loss_type="gspo").method.importance_sampling_level == "sequence"
     assert GRPOConfig(loss_type="rloo").method.beta == 0.05
     assert GRPOConfig(loss_type="rloo", beta=0.0).method.beta == 0.0
+    assert GRPOConfig(beta=0.1, kl_penalty="reward").method.kl_estimator == "k1"
+    assert GRPOConfig(loss_type="rloo", kl_penalty="loss").method.kl_estimator == "k2"
     for loss_type in LOSS_TYPES:
         config = GRPOConfig(loss_type=loss_type)
         assert GRPOConfig.from_dict(config.to_dict()) == config

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ingot.errors import ConfigError
 from ingot.losses.advantages import generalized_advantages, penalize_missing_eos, token_rewards
-from ingot.losses.kl import kl_loss
+from ingot.losses.kl import kl_estimate, kl_loss
 from ingot.losses.packed import add_metrics, mean_weights
 from ingot.losses.policy import (
     GRPO_LOSS_TYPES,
@@ -382,3 +382,19 @@ def test_the_kl_loss_chooses_the_optimum(kl_estimator, forward):
         expected = ref * np.exp(reward / beta)
         expected /= expected.sum()
     np.testing.assert_allclose(p, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+def test_only_k1_in_the_reward_leads_to_the_optimum_of_reward_less_kl(kl_estimator):
+    """The exact gradient of E[r - beta k] with k taken as a constant, for one step of eight letters of which one is worth 1."""
+    reward, beta, reference = np.eye(8)[0], 0.5, np.full(8, math.log(1 / 8))
+    theta = np.zeros(8)
+    for _ in range(4000):
+        logprobs = theta - np.log(np.exp(theta).sum())
+        score = reward - beta * kl_estimate(logprobs, reference, kl_estimator)[0]
+        theta = np.maximum(theta + 0.1 * np.exp(logprobs) * (score - np.exp(logprobs) @ score), -9.0)
+    optimum = math.exp(1 / beta) / (math.exp(1 / beta) + 7)
+    if kl_estimator == "k1":
+        assert np.exp(logprobs[0]) == pytest.approx(optimum, abs=1e-3)
+    else:
+        assert np.exp(logprobs[0]) > 0.9

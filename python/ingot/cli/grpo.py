@@ -11,7 +11,7 @@ from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
 from ingot.configs import GRPOConfig, load_toml
 from ingot.errors import ConfigError, DataError
 
-_GROUPS = ((*LENGTHS, "total_episodes"), ("reward",))
+_GROUPS = ((*LENGTHS, "total_episodes"),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,12 @@ class GRPO(GRPOConfig):
         config = flag_value(arguments, "config")
         if config is not None:
             override(fields, GRPOConfig.fields_of(load_toml(config), config), _GROUPS)
-        override(fields, {}, _GROUPS, flag_names(arguments))
+        given = flag_names(arguments)
+        override(fields, {}, _GROUPS, given)
+        if given & {"reward", "reward_weights"}:
+            # Rewards on the command line stand instead of those of the file, and are not added to them; weights belong to their rewards.
+            fields.pop("reward_weights", None)
+            fields.pop("reward" if "reward" in given else "", None)
         return parse_flags(cls, arguments, prog="ingot grpo", default=cls(**fields))
 
     def settings(self) -> GRPOConfig:

@@ -91,7 +91,7 @@ class GRPOConfig(OnlineConfig):
     kl_penalty: Literal["reward", "loss"] | None = None
     """Take the KL off the reward, or add it to the loss (k2: KL of the policy to the reference; k3: of the reference to the policy). That of loss_type unless given."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """Estimate of the KL from sampled tokens; that of loss_type unless given."""
+    """Estimate of the KL from sampled tokens: k1 in the reward, k2 or k3 in the loss. That of loss_type unless given."""
     num_iterations: int = 1
     """Passes over the answers of one update."""
     num_mini_batches: int = 1
@@ -187,6 +187,11 @@ class GRPOConfig(OnlineConfig):
             method.kl_penalty == "reward" or method.kl_estimator != "k1",
             "kl_estimator k1 teaches nothing as a loss: give --kl-estimator k2 or k3, or --kl-penalty reward",
         )
+        require(
+            method.kl_penalty == "loss" or method.kl_estimator == "k1",
+            f"kl_estimator {method.kl_estimator} in the reward does not hold the policy (unlikely tokens cost more than likely ones, so that "
+            "both become less alike): give --kl-estimator k1, or --kl-penalty loss",
+        )
 
     @property
     def method(self) -> GroupMethod:
@@ -196,6 +201,8 @@ class GRPOConfig(OnlineConfig):
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.epsilon is not None and self.epsilon_high is None:
             given["epsilon_high"] = self.epsilon
+        if self.kl_estimator is None and self.kl_penalty not in (None, base.kl_penalty):
+            given["kl_estimator"] = "k1" if self.kl_penalty == "reward" else "k2"
         return dataclasses.replace(base, **given)
 
     @property

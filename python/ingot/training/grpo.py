@@ -31,7 +31,7 @@ from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Draw, Experience, gather
 from ingot.training.groups import Lesson, make_lesson, punish_length, right_and_wrong, signal
-from ingot.training.online import OnlineTrainer, Stopped
+from ingot.training.online import OnlineTrainer, Stopped, require_best_of_n
 from ingot.training.policy_alarms import group_rule, policy_rules
 from ingot.training.progress import Display, make_display
 from ingot.training.prompts import Rows
@@ -39,10 +39,9 @@ from ingot.training.rewards import RewardFunction
 from ingot.training.rollouts import Rollouts, packs
 from ingot.training.runs import RunFolder
 from ingot.training.scores import TokenScorer
-from ingot.training.setup import Given, Setup, prepare
+from ingot.training.setup import Given, Setup, keep, prepare, require_gates
 from ingot.training.state import State
 from ingot.training.trainer import TrainingResult, begin, make_optimizer, saved_config, saved_state, shown
-from ingot.training.verdicts import require_passed
 
 _DEFAULT_UPDATES = 200
 _MINIBATCH_STREAM = 3
@@ -82,15 +81,16 @@ def grpo(
     """
     display = make_display(quiet)
     given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
+    setup = prepare(config, None, given, display)
     if dry_run:
-        setup = prepare(config, None, given, display)
         _decide(config, setup, {}, 0, display)
         return TrainingResult([], setup.policy, setup.encoder.tokenizer, Path(config.output), None, None)
-    for folder in (config.model, config.reward_model):
-        if folder:
-            require_passed(folder.partition(":")[0], force=config.force, display=display)
-    with RunFolder.create(config.output, "grpo", config.to_dict()) as run:
-        return _train(run, config, given, callbacks, display)
+    require_gates(config, display)
+    gate = require_best_of_n(config, setup, display)
+    with RunFolder.create(config.output, "grpo", config.to_dict()) as folder:
+        keep(config, folder, setup)
+        folder.facts["gate"] = None if gate is None else dataclasses.asdict(gate)
+        return _train(folder, config, setup, callbacks, display)
 
 
 def resume(
@@ -126,16 +126,15 @@ def resume(
         run.require_kind("grpo")
         config = saved_config(run, folder, GRPOConfig, max_steps=max_steps, threads=threads, level=level)
         given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
-        return _train(run, config, given, callbacks, display)
+        setup = prepare(config, run, given, display)
+        return _train(run, config, setup, callbacks, display)
 
 
 def _train(
-    folder: RunFolder, config: GRPOConfig, given: Given, callbacks: Sequence[Callback], display: Display
+    folder: RunFolder, config: GRPOConfig, setup: Setup, callbacks: Sequence[Callback], display: Display
 ) -> TrainingResult:
-    """Prepare, restore, decide, loop."""
+    """Restore, decide, loop."""
     with shown(folder, display):
-        setup = prepare(config, folder, given, display)
-        folder.facts["data"] = setup.facts
         folder.facts["model_config"] = setup.policy.config.to_dict()
         checkpoint = newest_usable(folder.path, display.say)
         state = saved_state(folder, checkpoint)
