@@ -45,6 +45,7 @@ from killable_ppo import (
     write_policy,
     write_reward_model,
 )
+from killable_sft import write_base
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +264,18 @@ def test_settings_run(root, tmp_path, changes):
         assert lines[0]["objective/scores_min"] == -2.0
     if changes.get("held_out") == 0.0:
         assert read_verdict(result.output) is None
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_plain_text_and_a_model_without_a_template(root, tmp_path, backend):
+    write_base(tmp_path / "base")
+    count = lambda completions, **_: [float(len(one)) for one in completions]  # noqa: E731
+    config = plain(root, tmp_path / "run", model=str(tmp_path / "base"), prompts=(), backend=backend)
+    result = ingot.ppo(config, prompts=[{"prompt": f"{n} "} for n in range(40)], rewards=[count], quiet=True)
+    lines = [line for line in result.history if "loss" in line]
+    assert all(line["sampling/sampling_logp_difference/mean"] < 1e-5 for line in lines)
+    assert open_folder(result.output).num_values == 0
+    assert not (result.output / "chat_template.jinja").exists()
 
 
 def test_an_update_ends_early_where_the_policy_went_far(root, tmp_path):

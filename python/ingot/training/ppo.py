@@ -88,7 +88,7 @@ def ppo(
     """
     display = make_display(quiet)
     given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
-    setup = prepare(config, None, given, display, num_values=config.critic == "shared")
+    setup = prepare(config, None, given, display, num_values=int(config.critic == "shared"))
     if dry_run:
         actors = ActorCritic.start(config, setup)
         _decide(config, setup, actors, PretrainingMix.open(config, setup.encoder.tokenizer, display), {}, 0, display)
@@ -134,7 +134,7 @@ def resume(
         run.require_kind("ppo")
         config = saved_config(run, folder, PPOConfig, max_steps=max_steps, threads=threads, level=level)
         given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
-        setup = prepare(config, run, given, display, num_values=config.critic == "shared")
+        setup = prepare(config, run, given, display, num_values=int(config.critic == "shared"))
         return _train(run, config, setup, callbacks, display)
 
 
