@@ -31,6 +31,7 @@ from ingot.demo.requests import (
     labeler,
     merit,
     prompts,
+    quality,
 )
 from ingot.demo.responses import Responses, paired_change, respond
 from ingot.demo.story import STAGES as STORY
@@ -93,7 +94,7 @@ class Sizes:
 
     demonstrations: int = 3000
     """Stories to fine-tune on."""
-    prompts: int = 2000
+    prompts: int = 3000
     """Requests whose answers are ranked, and that PPO practises on."""
     updates: int = 80
     """Of PPO."""
@@ -233,7 +234,7 @@ class _Course:
             group
             for group, record in zip(groups, records, strict=True)
             if any(
-                (merit(group.prompt, a) > merit(group.prompt, b)) and rank_a > rank_b
+                (quality(group.prompt, a) > quality(group.prompt, b)) and rank_a > rank_b
                 for a, rank_a in zip(group.responses, record.ranks or (), strict=True)
                 for b, rank_b in zip(group.responses, record.ranks or (), strict=True)
             )
@@ -247,8 +248,10 @@ class _Course:
             model=self.at("sft"),
             data=(self.at("rankings.jsonl"),),
             output=self.at("reward"),
-            learning_rate=2e-3,
+            # Small steps: the taste of readers is found late, and not at all at 1e-3.
+            learning_rate=6e-4,
             per_device_train_batch_size=8,
+            num_train_epochs=3,
             seed=self.config.seed,
             **self.place,
         )

@@ -66,10 +66,27 @@ def merit(prompt: Text, response: Text) -> float:
     DataError
         The prompt does not end with a request of the world.
     """
-    asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    asked = asked_by(prompt)
     if world.parse_request(asked) is None:
         raise DataError(f"the prompt is no request of the small world: {asked!r}")
     return float(world.merit(asked, plain(response).strip()))
+
+
+def quality(prompt: Text, response: Text) -> float:
+    """What the labeller goes by: :func:`merit`, and between stories without any, how much of what was asked and of the sentences is right."""
+    value = merit(prompt, response)
+    if value:
+        return value
+    request = world.parse_request(asked_by(prompt))
+    assert request is not None
+    found = world.check(plain(response).strip(), request)
+    right = sum(found.follows.values()) / len(found.follows)
+    return 0.25 * (right + found.num_well_formed / found.num_sentences)
+
+
+def asked_by(prompt: Text) -> str:
+    """The words of the last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def reward(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
@@ -78,8 +95,8 @@ def reward(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
 
 
 def labeler(seed: int, noise: float) -> SimulatedLabeler:
-    """Ranks by :func:`merit`; a share ``noise`` of its rankings comes out turned round."""
-    return SimulatedLabeler(score=merit, name="rule", noise=0.0, flip_rate=noise, seed=seed)
+    """Ranks by :func:`quality`; a share ``noise`` of its rankings comes out turned round."""
+    return SimulatedLabeler(score=quality, name="rule", noise=0.0, flip_rate=noise, seed=seed)
 
 
 _GUIDELINE = """\
