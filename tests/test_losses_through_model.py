@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ingot.losses.distillation import topk_distillation_loss
 from ingot.losses.kl import kl_loss
 from ingot.losses.packed import count_by_sequence, mean_weights, spread, sum_by_sequence
 from ingot.losses.policy import entropy_bonus, grpo_loss, ppo_policy_loss, value_loss
@@ -24,6 +25,7 @@ WANT = {
     "ppo": ("logprobs", "values", "entropy"),
     "grpo": ("logprobs",),
     "reward": ("values",),
+    "distillation": ("candidate_logprobs",),
 }
 """What each objective asks of the model."""
 
@@ -45,6 +47,10 @@ class Task:
         )
         self.old, self.old_values = out.logprobs + self.noise[0], out.values[:, 0] + self.noise[1]
         self.ref = out.logprobs + 0.5 * self.other[0]
+        # A teacher's five likeliest tokens and what it gives them; tokens without a target have none.
+        likeliest = rng.dirichlet(np.ones(CONFIG.vocab_size), num_tokens)
+        self.likeliest = np.argsort(-likeliest, axis=1)[:, :5].astype(np.int32)
+        self.teacher = np.log(np.take_along_axis(likeliest, self.likeliest, axis=1))
 
     def sft(self, out, part, rows, _):
         weights = mean_weights(part.targets >= 0, part.offsets, reduction="token_mean", total=self.num_tokens)
@@ -113,6 +119,17 @@ class Task:
         )
         return loss, {"d_values": spread_to_ends(d_rewards, part.offsets)}
 
+    def candidates(self, part, rows):
+        counts = np.where(part.targets >= 0, 5, 0)
+        return np.concatenate([[0], np.cumsum(counts)]), self.likeliest[rows][part.targets >= 0].ravel()
+
+    def distillation(self, out, part, rows, _):
+        weights = mean_weights(part.targets >= 0, part.offsets, reduction="token_mean", total=self.num_tokens)
+        offsets, _ = self.candidates(part, rows)
+        teacher = self.teacher[rows][part.targets >= 0].ravel()
+        loss, d_candidates, _ = topk_distillation_loss(out.candidate_logprobs, teacher, offsets, weights)
+        return loss, {"d_candidates": d_candidates}
+
     def loss(self, model, name, *, parts=1, backward=False):
         """The loss of the step, in ``parts`` batches of as many sequences each."""
         total, each = 0.0, 8 // parts
@@ -123,7 +140,8 @@ class Task:
             part = type(self.whole)(self.whole.tokens[rows], offsets - offsets[0], self.whole.targets[rows])
             # Rewards are read where there is no target too.
             value_rows = {"value_rows": np.ones(len(part.tokens), bool)} if "values" in WANT[name] else {}
-            ctx, out = model.forward(*part.arrays, want=WANT[name], train=backward, **value_rows)
+            extra = {"candidates": self.candidates(part, rows)} if name == "distillation" else value_rows
+            ctx, out = model.forward(*part.arrays, want=WANT[name], train=backward, **extra)
             loss, gradients = getattr(self, name)(out, part, rows, sequences)
             total += loss
             if backward:
@@ -153,7 +171,7 @@ def test_one_batch_and_its_parts_have_one_gradient(name):
     task = Task()
     whole, parts = (native(CONFIG, perturbed(CONFIG, NUM_VALUES), NUM_VALUES) for _ in range(2))
     # Groups stay together: pairs in DPO, lists of two in the reward model.
-    num_parts = 8 if name in ("sft", "ppo", "grpo") else 4
+    num_parts = 4 if name in ("dpo", "reward") else 8
     loss, again = task.loss(whole, name, backward=True), task.loss(parts, name, parts=num_parts, backward=True)
     assert again == pytest.approx(loss, rel=1e-6)
     ratio, worst = worst_ratio(parts.gradients, dict(whole.gradients), 1e-5, 1e-9)

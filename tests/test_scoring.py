@@ -175,7 +175,10 @@ def test_criteria_are_weighed(tmp_path):
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
     model = new_model()
-    model.model.save(tmp_path / "policy")
+    model.model.save(tmp_path / "checkpoint")
+    with pytest.raises(ConfigError, match=r"checkpoint: holds a network in training.*give the folder of its run"):
+        load_reward(str(tmp_path / "checkpoint"))
+    Model(model.model.config).save(tmp_path / "policy")
     with pytest.raises(ConfigError, match=r"policy: holds a model that writes, not one that scores.*ingot reward"):
         load_reward(str(tmp_path / "policy"))
     with pytest.raises(

@@ -67,6 +67,7 @@ def test_same_call_same_outputs(shape: str, dropout: float) -> None:
         "want": base.OUTPUT_NAMES,
         "value_rows": rng.random(len(packed.tokens)) < 0.5,
         "hidden_rows": np.array([3, 1, 3]),
+        "candidates": (np.minimum(np.arange(len(packed.tokens) + 1), 2), np.array([5, 3], np.int32)),
         "temperature": 1.3,
         "banned_ids": [config.vocab_size - 1],
         "seed": 2**63 + 5,
@@ -275,8 +276,10 @@ def test_an_empty_batch_is_a_batch(make: Callable[..., base.Model]) -> None:
     model = make(config, num_values=1)
     none = np.empty(0, dtype=np.int32)
     for offsets in (np.zeros(1, dtype=np.int64), np.zeros(3, dtype=np.int64)):
-        ctx, out = model.forward(none, offsets, none, want=base.OUTPUT_NAMES)
-        assert [len(out.arrays[name]) for name in base.OUTPUT_NAMES] == [0] * 7
+        ctx, out = model.forward(
+            none, offsets, none, want=base.OUTPUT_NAMES, candidates=(np.zeros(1, dtype=np.int64), none)
+        )
+        assert [len(out.arrays[name]) for name in base.OUTPUT_NAMES] == [0] * 8
         assert ctx is not None
         model.backward(ctx, d_logprobs=np.empty(0, dtype=np.float32))
         assert model.forward_backward(none, offsets, none, np.empty(0, dtype=np.float32)) == 0.0

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, GRPOConfig, ModelConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
+    from ingot.configs import (
+        Architecture,
+        DistillConfig,
+        DPOConfig,
+        GRPOConfig,
+        ModelConfig,
+        PPOConfig,
+        PretrainConfig,
+        RewardConfig,
+        SFTConfig,
+    )
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
     from ingot.inference.compare import compare_models
@@ -18,7 +28,10 @@ if TYPE_CHECKING:
     from ingot.inference.generate import Completion, generate, stream
     from ingot.inference.scoring import RewardModel
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
+    from ingot.reporting import report
     from ingot.tokenizer import Tokenizer
+    from ingot.training.distill import distill
+    from ingot.training.dpo import dpo
     from ingot.training.grpo import grpo
     from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
@@ -33,6 +46,8 @@ _HOMES = {
     "ingot._native": ("build_info",),
     "ingot.configs": (
         "Architecture",
+        "DPOConfig",
+        "DistillConfig",
         "GRPOConfig",
         "ModelConfig",
         "PPOConfig",
@@ -47,7 +62,10 @@ _HOMES = {
     "ingot.inference.generate": ("Completion", "generate", "stream"),
     "ingot.inference.scoring": ("RewardModel",),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
+    "ingot.reporting": ("report",),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.distill": ("distill",),
+    "ingot.training.dpo": ("dpo",),
     "ingot.training.grpo": ("grpo",),
     "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
@@ -64,7 +82,9 @@ __all__ = [
     "Completion",
     "ConfigError",
     "Corpus",
+    "DPOConfig",
     "DataError",
+    "DistillConfig",
     "GRPOConfig",
     "IngotError",
     "Model",
@@ -84,12 +104,15 @@ __all__ = [
     "__version__",
     "build_info",
     "compare_models",
+    "distill",
+    "dpo",
     "evaluate",
     "generate",
     "grpo",
     "load_model",
     "ppo",
     "pretrain",
+    "report",
     "resume",
     "sft",
     "stream",

@@ -73,7 +73,8 @@ class Sample:
 
         rewards = None
         if self.reward:
-            rewards = RewardFunctions(self.reward, self.reward_weights, timeout_s=self.reward_timeout)
+            place = {"threads": self.threads, "backend": self.backend, "device": self.device}
+            rewards = RewardFunctions(self.reward, self.reward_weights, timeout_s=self.reward_timeout, place=place)
         elif self.reward_weights is not None:
             from ingot.errors import ConfigError
 

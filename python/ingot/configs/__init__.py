@@ -5,6 +5,8 @@ This package stays light (no numpy, no native code), so that ``ingot --help`` an
 """
 
 from ingot.configs.checks import check_keys, load_recipe, load_toml, parse_duration, recipe_names, require
+from ingot.configs.distill import DistillConfig
+from ingot.configs.dpo import DPOConfig
 from ingot.configs.grpo import GRPOConfig
 from ingot.configs.model import Activation, Architecture, AttentionBias, ModelConfig, Norm, Position
 from ingot.configs.online import OnlineConfig
@@ -19,6 +21,8 @@ __all__ = [
     "Architecture",
     "AttentionBias",
     "Backend",
+    "DPOConfig",
+    "DistillConfig",
     "GRPOConfig",
     "Level",
     "ModelConfig",

@@ -99,6 +99,10 @@ class RewardModel:
         """
         path, criterion = split_name(str(folder))
         saved = open_folder(path)
+        if saved.labels is None and saved.num_values:
+            raise ConfigError(
+                f"{path}: holds a network in training, whose scalar heads are not yet brought to a scale: give the folder of its run"
+            )
         if saved.labels is None:
             raise ConfigError(
                 f"{path}: holds a model that writes, not one that scores: give the folder of a reward model (ingot reward makes one)"

@@ -127,8 +127,9 @@ def load_model(
     if saved.score_bias is not None:
         weights = itertools.chain([("score.bias", np.array(saved.score_bias, np.float32))], weights)
     if backend == "native":
+        views = model.parameters
         for name, values in weights:
-            model.parameters[name][...] = values
+            views[name][...] = values
     else:
         model.load_state({**model.state(), **dict(weights)})
     return model

@@ -25,7 +25,11 @@ IntArray: TypeAlias = npt.NDArray[np.int32]
 LongArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
-OUTPUT_NAMES = ("logprobs", "entropy", "lse", "zbar", "top1", "values", "hidden")
+Candidates: TypeAlias = tuple[LongArray, IntArray]
+"""Token ids for each row of a batch: row t has ``ids[offsets[t]:offsets[t + 1]]``; offsets i64[N + 1], ids i32[C]. A row may have none,
+and the same id several times."""
+
+OUTPUT_NAMES = ("logprobs", "entropy", "lse", "zbar", "top1", "values", "hidden", "candidate_logprobs")
 """What ``forward`` can be asked for."""
 
 
@@ -70,6 +74,11 @@ class Outputs:
     def hidden(self) -> FloatArray:
         """Final norm's output at ``hidden_rows``, f32[R, d]."""
         return self._get("hidden")  # type: ignore[return-value]
+
+    @property
+    def candidate_logprobs(self) -> FloatArray:
+        """ln p(candidate) under softmax(logits / temperature), in the order of the candidates, f32[C]."""
+        return self._get("candidate_logprobs")  # type: ignore[return-value]
 
     def _get(self, name: str) -> npt.NDArray[np.generic]:
         try:
@@ -266,7 +275,10 @@ class Model(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, FloatArray]:
-        """Weights by Hugging Face name. Native: writable views of the flat buffer; a write is seen by the next forward."""
+        """Weights by Hugging Face name. Native: writable views of the flat buffer; a write is seen by the next forward.
+
+        Views are of this model alone: asking for them takes a copy where a fork shares the memory (see :meth:`fork`).
+        """
         ...
 
     @property
@@ -283,6 +295,7 @@ class Model(Protocol):
         want: Collection[str] = ("logprobs",),
         value_rows: BoolArray | None = None,
         hidden_rows: LongArray | None = None,
+        candidates: Candidates | None = None,
         temperature: float = 1.0,
         banned_ids: Sequence[int] | IntArray | None = None,
         train: bool = True,
@@ -298,17 +311,21 @@ class Model(Protocol):
         offsets
             Sequence s is ``tokens[offsets[s]:offsets[s + 1]]``; i64[S + 1], starts with 0, ends with N. Sequences may be empty.
         targets
-            The token to be scored after each position, -1 for none; i32[N]. The head runs on rows with a target alone.
+            The token to be scored after each position, -1 for none; i32[N]. The head runs on rows with a target alone, and on those
+            with candidates where these are wanted.
         want
             Names among :data:`OUTPUT_NAMES`.
         value_rows
             Rows whose scalar heads are computed, bool[N]; all unless given.
         hidden_rows
             Rows whose final hidden state is returned, i64[R]; all unless given.
+        candidates
+            (offsets, ids): ids whose log-probabilities ``candidate_logprobs`` returns, of the same softmax as ``logprobs``. Rows
+            with candidates need no target; their other outputs are 0 then.
         temperature
             Logits are divided by it, before everything else; positive.
         banned_ids
-            Ids that have probability 0; not allowed as targets.
+            Ids that have probability 0; not allowed as targets or candidates.
         train
             Keep what backward needs, and apply dropout. False keeps nothing, and the context is None.
         seed
@@ -332,8 +349,10 @@ class Model(Protocol):
         d_lse: FloatArray | None = None,
         d_zbar: FloatArray | None = None,
         d_hidden: FloatArray | None = None,
+        d_candidates: FloatArray | None = None,
     ) -> None:
-        """Add the gradient of ``sum(output * d_output)`` to :attr:`gradients`. Shapes are those of the outputs, f32.
+        """Add the gradient of ``sum(output * d_output)`` to :attr:`gradients`. Shapes are those of the outputs, f32;
+        ``d_candidates`` [C] belongs to ``candidate_logprobs``.
 
         Raises
         ------
@@ -380,6 +399,14 @@ class Model(Protocol):
         """A decoder with room for ``max_sequences`` sequences of up to ``max_tokens`` tokens each, prompt included."""
         ...
 
+    def fork(self) -> Model:
+        """A second model with the weights that this one has now; nothing done to either changes the other.
+
+        They share the weights' memory until one of them is written to (by a step, by :meth:`load_state`, or by asking a native
+        model for :attr:`parameters`), which takes a copy first.
+        """
+        ...
+
     def state(self) -> dict[str, FloatArray]:
         """Copies of all weights by Hugging Face name."""
         ...
@@ -397,13 +424,13 @@ class Model(Protocol):
         ...
 
 
-def check_want(want: Collection[str], num_values: int) -> frozenset[str]:
+def check_want(want: Collection[str], num_values: int, candidates: Candidates | None) -> frozenset[str]:
     """The outputs asked for, checked by name.
 
     Raises
     ------
     ConfigError
-        A name is unknown, or values are asked of a model that has no scalar heads.
+        A name is unknown, values are asked of a model that has no scalar heads, or candidates are missing or not asked for.
     """
     if isinstance(want, str):
         raise ConfigError(f"want takes a collection of names, got the string {want!r}: write ({want!r},)")
@@ -412,4 +439,8 @@ def check_want(want: Collection[str], num_values: int) -> frozenset[str]:
         raise ConfigError(f"want has no output named {unknown[0]!r}; there are {', '.join(OUTPUT_NAMES)}")
     if "values" in want and num_values == 0:
         raise ConfigError("the model has no scalar heads: make it with num_values of 1 or more")
+    if ("candidate_logprobs" in want) != (candidates is not None):
+        raise ConfigError("candidates and 'candidate_logprobs' in want go together: give both or neither")
+    if candidates is not None and not (isinstance(candidates, tuple) and len(candidates) == 2):
+        raise ConfigError(f"candidates takes a pair of arrays (offsets, ids), got {type(candidates).__name__}")
     return frozenset(want)

@@ -16,6 +16,7 @@ from ingot.configs import ModelConfig
 from ingot.errors import CheckpointError
 from ingot.models.base import (
     BoolArray,
+    Candidates,
     Context,
     DecodeStep,
     EpsMode,
@@ -57,7 +58,6 @@ class NativeModel:
         self._config = config
         fields = json.dumps(config.to_dict())
         self._core = _native.Model(fields, seed=seed, level=level, threads=threads, num_values=num_values)
-        self._parameters: Mapping[str, FloatArray] = MappingProxyType(self._core.parameters())
         self._gradients: Mapping[str, FloatArray] | None = None
         self._optimizer: Optimizer | None = None
 
@@ -104,8 +104,11 @@ class NativeModel:
 
     @property
     def parameters(self) -> Mapping[str, FloatArray]:
-        """Writable views of the flat buffer; a write is seen by the next call."""
-        return self._parameters
+        """Writable views of the flat buffer; a write is seen by the next call.
+
+        Memory that the model shares (see :meth:`fork`) becomes its own when they are asked for.
+        """
+        return MappingProxyType(self._core.parameters())
 
     @property
     def gradients(self) -> Mapping[str, FloatArray]:
@@ -123,6 +126,7 @@ class NativeModel:
         want: Collection[str] = ("logprobs",),
         value_rows: BoolArray | None = None,
         hidden_rows: LongArray | None = None,
+        candidates: Candidates | None = None,
         temperature: float = 1.0,
         banned_ids: Sequence[int] | IntArray | None = None,
         train: bool = True,
@@ -130,7 +134,7 @@ class NativeModel:
         sequence_ids: LongArray | None = None,
     ) -> tuple[Context | None, Outputs]:
         """See :meth:`ingot.models.base.Model.forward`."""
-        wanted = check_want(want, self.num_values)
+        wanted = check_want(want, self.num_values, candidates)
         check_seed(seed)
         context, arrays = self._core.forward(
             tokens,
@@ -139,6 +143,7 @@ class NativeModel:
             want=sorted(wanted),
             value_rows=value_rows,
             hidden_rows=hidden_rows,
+            candidates=candidates,
             temperature=temperature,
             banned_ids=ids_array(banned_ids),
             train=train,
@@ -156,6 +161,7 @@ class NativeModel:
         d_lse: FloatArray | None = None,
         d_zbar: FloatArray | None = None,
         d_hidden: FloatArray | None = None,
+        d_candidates: FloatArray | None = None,
     ) -> None:
         """See :meth:`ingot.models.base.Model.backward`."""
         if not isinstance(ctx, _native.Context):
@@ -171,6 +177,7 @@ class NativeModel:
             d_lse=d_lse,
             d_zbar=d_zbar,
             d_hidden=d_hidden,
+            d_candidates=d_candidates,
         )
 
     def forward_backward(
@@ -227,14 +234,27 @@ class NativeModel:
         )
         return NativeDecoder(core)
 
+    def fork(self) -> NativeModel:
+        """A second model with the weights that this one has now, in the same memory until one of the two is written to.
+
+        The first write to either (a step, :meth:`load_state`, asking for :attr:`parameters`) takes a copy for it. Where views of this
+        model's parameters are held already, a write through them would go unseen: then the copy is taken at once.
+        """
+        fork = NativeModel.__new__(NativeModel)
+        fork._config = self._config
+        fork._core = self._core.fork()
+        fork._gradients = None
+        fork._optimizer = None
+        return fork
+
     def state(self) -> dict[str, FloatArray]:
         """Copies of all weights, C-contiguous in Hugging Face's shapes."""
-        return {name: np.array(view, order="C") for name, view in self._parameters.items()}
+        return {name: np.array(view, order="C") for name, view in self._core.snapshot().items()}
 
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; strict."""
-        check_state(state, {name: view.shape for name, view in self._parameters.items()}, "state")
-        for name, view in self._parameters.items():
+        check_state(state, {name: tuple(shape) for name, shape in self._core.table}, "state")
+        for name, view in self.parameters.items():
             view[...] = state[name]
         self.mark_changed()
 
@@ -244,7 +264,7 @@ class NativeModel:
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face directory."""
-        write_folder(folder, self._config, self._parameters)
+        write_folder(folder, self._config, self._core.snapshot())
 
     def flops_per_token(self, max_length: int) -> float:
         """See :meth:`ingot.configs.ModelConfig.flops_per_token`."""

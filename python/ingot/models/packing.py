@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ingot.configs import ModelConfig
 from ingot.errors import ConfigError
-from ingot.models.base import BoolArray, IntArray, LongArray
+from ingot.models.base import BoolArray, Candidates, IntArray, LongArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +124,20 @@ def check_rows(hidden_rows: LongArray, num_rows: int) -> None:
         )
 
 
+def check_candidates(candidates: Candidates, num_rows: int, banned: IntArray, vocab_size: int) -> None:
+    """Refuse candidates that are no ids, are banned, or are not cut into one run for each row."""
+    offsets, ids = candidates
+    check_array("candidates[0]", offsets, np.int64, (num_rows + 1,))
+    check_array("candidates[1]", ids, np.int32, (None,))
+    _check_offsets(offsets, len(ids), "candidate offsets", "tokens", "the number of candidates")
+    check_ids("candidates", ids, 0, vocab_size)
+    hit: BoolArray = np.isin(ids, banned)
+    if hit.any():
+        at = int(np.argmax(hit))
+        row = int(np.searchsorted(offsets, at, side="right")) - 1
+        raise ValueError(f"candidates: {ids[at]} at row {row} is one of banned_ids")
+
+
 def check_banned(banned_ids: Sequence[int] | IntArray | None, targets: IntArray, vocab_size: int) -> IntArray:
     """The banned ids, ascending, each once. At least one id must remain, and none of them be a target."""
     banned = np.unique(ids_array(banned_ids))
@@ -143,14 +157,21 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed must be between 0 and 2^64 - 1, got {seed}")
 
 
-def _check_offsets(offsets: LongArray, num_rows: int) -> None:
+def _check_offsets(
+    offsets: LongArray,
+    total: int,
+    name: str = "offsets",
+    parts: str = "sequences",
+    entries: str = "the number of tokens",
+) -> None:
+    """Refuse offsets that do not cut ``total`` entries into runs; ``parts`` and ``entries`` are what messages call those."""
     if len(offsets) == 0:
-        raise ValueError("offsets: is empty, but needs one entry more than there are sequences")
+        raise ValueError(f"{name}: is empty, but needs one entry more than there are {parts}")
     if offsets[0] != 0:
-        raise ValueError(f"offsets: starts with {offsets[0]}, but must start with 0")
+        raise ValueError(f"{name}: starts with {offsets[0]}, but must start with 0")
     falls = np.flatnonzero(np.diff(offsets) < 0)
     if len(falls):
         at = int(falls[0])
-        raise ValueError(f"offsets: decreases from {offsets[at]} to {offsets[at + 1]} at index {at + 1}")
-    if offsets[-1] != num_rows:
-        raise ValueError(f"offsets: ends with {offsets[-1]}, but must end with the number of tokens, {num_rows}")
+        raise ValueError(f"{name}: decreases from {offsets[at]} to {offsets[at + 1]} at index {at + 1}")
+    if offsets[-1] != total:
+        raise ValueError(f"{name}: ends with {offsets[-1]}, but must end with {entries}, {total}")

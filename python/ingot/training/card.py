@@ -20,12 +20,15 @@ _INTRODUCTIONS = {
     "pretrain": "A language model trained with `ingot pretrain`. It continues text; it was taught nothing about what is true or wanted.",
     "sft": "A language model fine-tuned on demonstrations with `ingot sft`. It answers in the manner of its examples; "
     "nothing was done to make what it says true or harmless.",
-    "reward": "A reward model trained on people's rankings with `ingot reward`: it scores answers, higher for those that its judges would "
-    "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
+    "dpo": "A language model trained on preferences with `ingot dpo`: of two answers it favours the one that its judges did. "
+    "It knows no more than the model that it started from.",
     "ppo": "A language model trained with `ingot ppo` to give answers that a reward likes. It is as good as that reward: "
     "what the reward does not see, nothing was done about.",
+    "reward": "A reward model trained on people's rankings with `ingot reward`: it scores answers, higher for those that its judges would "
+    "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
     "grpo": "A language model trained with `ingot grpo` to give answers that a reward likes, compared with others to the same prompt. "
     "It is as good as that reward: what the reward does not see, nothing was done about.",
+    "distill": "A language model trained with `ingot distill` to answer as a better model does. It has its teacher's faults too.",
 }
 _PIPELINES = {"reward": "text-classification"}
 

@@ -20,6 +20,7 @@ from ingot.data.batches import mix
 from ingot.errors import RunError
 from ingot.losses.numerics import Float64, f64
 from ingot.models.base import StepInfo
+from ingot.reporting.charts import Series, draw_chart
 from ingot.training.alarms import Rule
 from ingot.training.callbacks import Callback
 from ingot.training.cost import Cost
@@ -27,7 +28,6 @@ from ingot.training.decisions import Decisions
 from ingot.training.experience import Draw, Experience, gather, shown
 from ingot.training.gates import best_of_n, gate_verdict
 from ingot.training.progress import Display, Status
-from ingot.training.report import Series, draw_chart
 from ingot.training.rewards import RewardError
 from ingot.training.runs import RunFolder
 from ingot.training.setup import Setup

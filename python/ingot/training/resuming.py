@@ -10,7 +10,7 @@ from ingot.errors import RunError
 from ingot.training.runs import RunFolder
 from ingot.training.trainer import TrainingResult
 
-_PHASES = ("pretrain", "sft", "reward", "ppo", "grpo")
+_PHASES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill")
 # Where the loop is in a module of another name.
 _MODULES = {"reward": "reward_model"}
 
@@ -19,7 +19,8 @@ def resume(folder: str | Path, **options: Any) -> TrainingResult:
     """Go on with a run from its newest whole checkpoint.
 
     ``options`` are those of the phase: :func:`ingot.training.pretrain.resume`, :func:`ingot.training.sft.resume`,
-    :func:`ingot.training.ppo.resume`, :func:`ingot.training.grpo.resume`.
+    :func:`ingot.training.dpo.resume`, :func:`ingot.training.ppo.resume`, :func:`ingot.training.grpo.resume`,
+    :func:`ingot.training.distill.resume`.
 
     Raises
     ------

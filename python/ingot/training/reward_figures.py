@@ -238,10 +238,12 @@ def verdict_of(comparisons: Sequence[Comparison], people: Share) -> Verdict:
             sentences.append(f"{subject} was measured on no held-out pair.")
             continue
         rule = "longer" if each.longer.value >= each.shorter.value else "shorter"
+        # Two figures that look alike say nothing about which is the larger.
+        digits = 1 if round(100 * each.model.value) == round(100 * each.length_rule.value) else 0
         sentences.append(
-            f"{subject} orders {_percent(each.model)} of {each.model.num_cases:,} held-out pairs as people did "
+            f"{subject} orders {_percent(each.model, digits)} of {each.model.num_cases:,} held-out pairs as people did "
             f"(95 % interval {100 * each.model.low:.0f} to {100 * each.model.high:.0f}); a rule that prefers the {rule} answer gets "
-            f"{_percent(each.length_rule)}, a bag of words {_percent(each.words)}."
+            f"{_percent(each.length_rule, digits)}, a bag of words {_percent(each.words)}."
         )
         figures |= {
             f"accuracy{ending}": each.model.value,
@@ -279,5 +281,5 @@ def verdict_of(comparisons: Sequence[Comparison], people: Share) -> Verdict:
     return Verdict(passed=passed, sentences=tuple(sentences), figures=figures, advice=advice)
 
 
-def _percent(share: Share) -> str:
-    return f"{100 * share.value:.0f} %"
+def _percent(share: Share, digits: int = 0) -> str:
+    return f"{100 * share.value:.{digits}f} %"

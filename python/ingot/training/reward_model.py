@@ -64,7 +64,8 @@ if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
 
 _DEFAULT_EPOCHS = 1
-_NUM_REFERENCE_SCORES = 1024
+# As many as Ziegler et al. (2019) normalise on; done again for each model that is written.
+_NUM_REFERENCE_SCORES = 256
 _REFERENCE_STREAM = 3
 
 
@@ -497,7 +498,7 @@ class _Run(Trainer[RewardConfig]):
     def reward_model(self) -> RewardModel:
         """The model as it is now, with scores of mean 0 and standard deviation 1 over responses to training prompts.
 
-        These are all of them, or the responses to the first prompts of a fixed order until there are 1,024.
+        These are all of them, or the responses to the first prompts of a fixed order until there are 256.
         """
         rankings = self.rankings
         groups = rankings.train.examples.groups

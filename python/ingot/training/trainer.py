@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ingot.configs import RunConfig, parse_duration
 from ingot.durable import write_file
+from ingot.environment import cpu_name
 from ingot.errors import ConfigError, RunError
 from ingot.models import Optimizer
+from ingot.reporting.charts import draw_curves
 from ingot.training.alarms import Alarms, Rule
 from ingot.training.callbacks import Callback, RunView
 from ingot.training.card import versions, write_card
@@ -27,7 +29,6 @@ from ingot.training.decisions import Decisions
 from ingot.training.interruption import Interruption
 from ingot.training.pace import Pace
 from ingot.training.progress import Display
-from ingot.training.report import draw_curves
 from ingot.training.runs import CARD_FILE, RunFolder
 from ingot.training.schedules import learning_rate, resolve_warmup
 from ingot.training.state import State
@@ -130,6 +131,7 @@ def begin(
     if began_at_level != model.level:
         display.say(f"began at instruction level {began_at_level}, goes on at {model.level}: the last bits will differ")
     folder.facts["versions"] = versions()
+    folder.facts["machine"] = {"cpu": cpu_name(), "threads": model.threads}
     folder.save_facts()
     if restore is not None:
         restore(config, checkpoint)

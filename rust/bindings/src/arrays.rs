@@ -16,7 +16,7 @@ use pyo3::prelude::*;
 use pyo3::pyclass::boolean_struct::True;
 use pyo3::types::PyDict;
 
-use crate::model::NativeModel;
+use crate::model::{NativeModel, ParameterViews};
 use crate::optimizer::NativeOptimizer;
 
 /// A size that an array must have in one dimension.
@@ -126,6 +126,7 @@ fn describe(array: &Bound<'_, PyUntypedArray>) -> String {
 pub struct LentBuffer {
     start: NonNull<f32>,
     len: usize,
+    writable: bool,
 }
 
 // SAFETY: an address; memory is touched only through `views`, which asks for an owner.
@@ -134,11 +135,21 @@ unsafe impl Send for LentBuffer {}
 unsafe impl Sync for LentBuffer {}
 
 impl LentBuffer {
-    /// The buffer behind a slice.
+    /// The buffer behind a slice, for writable views.
     pub fn of(buffer: &mut [f32]) -> Self {
         Self {
             len: buffer.len(),
             start: NonNull::from(buffer).cast(),
+            writable: true,
+        }
+    }
+
+    /// The buffer behind a slice, for views that only read.
+    pub fn read_only(buffer: &[f32]) -> Self {
+        Self {
+            len: buffer.len(),
+            start: NonNull::from(buffer).cast(),
+            writable: false,
         }
     }
 
@@ -160,11 +171,19 @@ pub unsafe trait Lender {
     fn tensors(&self) -> &[Parameter];
 }
 
-// SAFETY: parameters and gradients live in the model, which is dropped with this object and never replaced; the model
-// never moves them, nor frees gradients once made.
+// SAFETY: gradients live in the model, which is dropped with this object and never replaced; the model never moves them,
+// nor frees them once made.
 unsafe impl Lender for NativeModel {
     fn tensors(&self) -> &[Parameter] {
         NativeModel::tensors(self)
+    }
+}
+
+// SAFETY: the object keeps the model alive, and either a handle of the parameters' buffer, or the mark that they are lent:
+// a model forks into shared memory only where that mark is missing, and moves only parameters that are shared.
+unsafe impl Lender for ParameterViews {
+    fn tensors(&self) -> &[Parameter] {
+        ParameterViews::tensors(self)
     }
 }
 
@@ -175,7 +194,7 @@ unsafe impl Lender for NativeOptimizer {
     }
 }
 
-/// Views of all tensors of one of the owner's buffers by name: writable, without a copy, each keeping the owner alive.
+/// Views of all tensors of one of the owner's buffers by name: without a copy, each keeping the owner alive.
 ///
 /// Memory is shared with Rust, which reads and writes it during calls on the owner alone. A program that writes to a view
 /// while another of its threads runs such a call gets numbers from before or after its write, as from two numpy calls.
@@ -210,6 +229,9 @@ where
             // SAFETY: as above.
             unsafe { PyArray::borrow_from_array(&view, owner.as_any().clone()) }.into_any()
         };
+        if !buffer.writable {
+            view.call_method1("setflags", (false,))?;
+        }
         views.set_item(&tensor.name, view)?;
     }
     Ok(views)

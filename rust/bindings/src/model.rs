@@ -1,10 +1,11 @@
 //! The model as Python sees it: one crossing per stage of a step, flat arrays in and out.
 
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use ingot_kernels::Buffer;
 use ingot_model::{
-    Batch, Config, Context, ForwardOptions, Model, Options, OutputGradients, Outputs, Parameter,
-    Want,
+    Batch, Candidates, Config, Context, ForwardOptions, Model, Options, OutputGradients, Outputs,
+    Parameter, Want,
 };
 use numpy::{IntoPyArray, PyArrayMethods, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -27,9 +28,32 @@ pub struct NativeModel {
     num_values: usize,
     level: &'static str,
     threads: usize,
-    parameters: LentBuffer,
+    /// One handle here, and one in each [`ParameterViews`] that lives.
+    lent: Arc<()>,
     /// Filled when the gradients are first made.
     gradients: OnceLock<LentBuffer>,
+}
+
+/// What views of the parameters keep alive.
+#[pyclass(frozen, module = "ingot._native")]
+pub struct ParameterViews {
+    model: Py<NativeModel>,
+    _hold: Hold,
+}
+
+/// How the memory behind views of the parameters is kept in place.
+enum Hold {
+    /// The buffer is the model's alone as long as this lives: nobody shares it, so no write has to move it.
+    Lent(#[allow(dead_code, reason = "counted")] Arc<()>),
+    /// A handle of the buffer: a write to the model meanwhile takes a copy and leaves it as it is.
+    Shared(#[allow(dead_code, reason = "kept alive")] Arc<Buffer>),
+}
+
+impl ParameterViews {
+    /// Names and places of the parameters.
+    pub fn tensors(&self) -> &[Parameter] {
+        self.model.get().tensors()
+    }
 }
 
 /// See `ingot.models.base.Context`.
@@ -110,22 +134,24 @@ impl NativeModel {
         let config: Config = serde_json::from_str(config).map_err(|error| {
             own_class(py, "ConfigError", format!("model configuration: {error}"))
         })?;
-        let hidden_size = config.hidden_size;
         let options = Options {
             level: self::level(py, level)?,
             threads: thread_count(py, threads)?,
             num_values,
         };
-        let mut model = enter(py, || Model::new(config, seed, options))?;
-        Ok(Self {
-            table: model.table().to_vec(),
-            hidden_size,
-            num_values,
-            level: model.kernels().level().name(),
-            threads: model.pool().threads(),
-            parameters: LentBuffer::of(model.parameters_mut()),
-            gradients: OnceLock::new(),
-            model: Mutex::new(model),
+        Ok(Self::of(enter(py, || Model::new(config, seed, options))?))
+    }
+
+    /// A second model with the same parameters, in the same memory until one of the two is written to. Where views live
+    /// through which this one could be written to unseen, the memory is copied at once.
+    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
+        enter(py, || {
+            let model = lock(&self.model, "model")?;
+            let mut fork = model.fork();
+            if self.is_lent() {
+                fork.own_parameters();
+            }
+            Ok::<_, NativeError>(Self::of(fork))
         })
     }
 
@@ -158,9 +184,28 @@ impl NativeModel {
         self.threads
     }
 
-    /// Writable views of the parameters by name.
+    /// Writable views of the parameters by name, in memory that is this model's alone from here on.
     fn parameters<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
-        views(slf, slf.get().parameters)
+        let this = slf.get();
+        Self::parameter_views(slf, |model| {
+            let place = LentBuffer::of(model.own_parameters());
+            (Hold::Lent(Arc::clone(&this.lent)), place)
+        })
+    }
+
+    /// Read-only views of the parameters by name, to be read before the model changes. Memory that is shared stays so.
+    fn snapshot<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        let this = slf.get();
+        Self::parameter_views(slf, |model| {
+            let place = LentBuffer::read_only(model.parameters());
+            // A handle of a lent buffer would make the next write move it away from its views.
+            let hold = if this.is_lent() {
+                Hold::Lent(Arc::clone(&this.lent))
+            } else {
+                Hold::Shared(model.shared_parameters())
+            };
+            (hold, place)
+        })
     }
 
     /// Writable views of the gradients by name; zeros where there were none yet.
@@ -188,7 +233,8 @@ impl NativeModel {
 
     /// Outputs by name, and the context where `train`.
     #[pyo3(signature = (
-        tokens, offsets, targets, *, want, value_rows, hidden_rows, temperature, banned_ids, train, seed, sequence_ids
+        tokens, offsets, targets, *, want, value_rows, hidden_rows, candidates, temperature, banned_ids, train, seed,
+        sequence_ids
     ))]
     fn forward<'py>(
         &self,
@@ -199,6 +245,7 @@ impl NativeModel {
         want: Vec<String>,
         value_rows: Option<&Bound<'py, PyAny>>,
         hidden_rows: Option<&Bound<'py, PyAny>>,
+        candidates: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
         temperature: f32,
         banned_ids: &Bound<'py, PyAny>,
         train: bool,
@@ -210,9 +257,23 @@ impl NativeModel {
         let num_rows = batch.tokens.len();
         let value_rows = borrow_optional("value_rows", value_rows, &[Size::Exactly(num_rows)])?;
         let hidden_rows = borrow_optional("hidden_rows", hidden_rows, &[Size::Any("R")])?;
+        let candidates = candidates
+            .map(|(offsets, ids)| -> PyResult<_> {
+                let offsets = borrow("candidates[0]", &offsets, &[Size::Exactly(num_rows + 1)])?;
+                Ok((offsets, borrow("candidates[1]", &ids, &[Size::Any("C")])?))
+            })
+            .transpose()?;
+        let candidates = match &candidates {
+            None => None,
+            Some((offsets, ids)) => Some(Candidates {
+                offsets: elements(offsets)?,
+                ids: elements(ids)?,
+            }),
+        };
         let banned_ids = borrow("banned_ids", banned_ids, &[Size::Any("B")])?;
         let options = ForwardOptions {
             want: parse_want(&want)?,
+            candidates,
             value_rows: optional_elements(value_rows.as_ref())?,
             hidden_rows: optional_elements(hidden_rows.as_ref())?,
             temperature,
@@ -230,7 +291,7 @@ impl NativeModel {
     }
 
     /// Adds the gradients of the parameters.
-    #[pyo3(signature = (context, *, d_logprobs, d_entropy, d_values, d_lse, d_zbar, d_hidden))]
+    #[pyo3(signature = (context, *, d_logprobs, d_entropy, d_values, d_lse, d_zbar, d_hidden, d_candidates))]
     fn backward<'py>(
         &self,
         py: Python<'py>,
@@ -241,11 +302,16 @@ impl NativeModel {
         d_lse: Option<&Bound<'py, PyAny>>,
         d_zbar: Option<&Bound<'py, PyAny>>,
         d_hidden: Option<&Bound<'py, PyAny>>,
+        d_candidates: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<()> {
-        let (num_rows, num_hidden_rows) = {
+        let (num_rows, num_hidden_rows, num_candidates) = {
             let context =
                 lock(&context.context, "context").map_err(|error| error.into_python(py))?;
-            (context.num_tokens(), context.num_hidden_rows())
+            (
+                context.num_tokens(),
+                context.num_hidden_rows(),
+                context.num_candidates(),
+            )
         };
         let rows = [Size::Exactly(num_rows)];
         let d_logprobs = borrow_optional("d_logprobs", d_logprobs, &rows)?;
@@ -263,13 +329,19 @@ impl NativeModel {
             Size::Exactly(self.hidden_size),
         ];
         let d_hidden = borrow_optional("d_hidden", d_hidden, &hidden_shape)?;
+        let d_candidates = borrow_optional(
+            "d_candidates",
+            d_candidates,
+            &[Size::Exactly(num_candidates)],
+        )?;
         let gradients = OutputGradients {
-            d_logprobs: self.foreign("d_logprobs", d_logprobs.as_ref())?,
-            d_entropy: self.foreign("d_entropy", d_entropy.as_ref())?,
-            d_lse: self.foreign("d_lse", d_lse.as_ref())?,
-            d_zbar: self.foreign("d_zbar", d_zbar.as_ref())?,
-            d_values: self.foreign("d_values", d_values.as_ref())?,
-            d_hidden: self.foreign("d_hidden", d_hidden.as_ref())?,
+            d_logprobs: self.foreign(py, "d_logprobs", d_logprobs.as_ref())?,
+            d_entropy: self.foreign(py, "d_entropy", d_entropy.as_ref())?,
+            d_lse: self.foreign(py, "d_lse", d_lse.as_ref())?,
+            d_zbar: self.foreign(py, "d_zbar", d_zbar.as_ref())?,
+            d_values: self.foreign(py, "d_values", d_values.as_ref())?,
+            d_hidden: self.foreign(py, "d_hidden", d_hidden.as_ref())?,
+            d_candidates: self.foreign(py, "d_candidates", d_candidates.as_ref())?,
         };
         enter(py, || -> Result<_, NativeError> {
             let mut model = lock(&self.model, "model")?;
@@ -298,7 +370,9 @@ impl NativeModel {
         let batch = BorrowedBatch::new(tokens, offsets, targets, sequence_ids)?;
         let batch = batch.batch()?;
         let weights = borrow("weights", weights, &[Size::Exactly(batch.tokens.len())])?;
-        let weights = self.foreign("weights", Some(&weights))?.unwrap_or_default();
+        let weights = self
+            .foreign(py, "weights", Some(&weights))?
+            .unwrap_or_default();
         let banned_ids = borrow("banned_ids", banned_ids, &[Size::Any("B")])?;
         let banned_ids = elements(&banned_ids)?;
         let options = ForwardOptions {
@@ -342,21 +416,55 @@ impl NativeModel {
         &self.table
     }
 
+    /// Views of the parameters in the place that `take` finds, with what holds it there.
+    fn parameter_views<'py>(
+        slf: &Bound<'py, Self>,
+        take: impl FnOnce(&mut Model) -> (Hold, LentBuffer) + Send,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let py = slf.py();
+        let (hold, place) = slf
+            .get()
+            .with(py, |model| Ok::<_, NativeError>(take(model)))?;
+        let owner = ParameterViews {
+            model: slf.clone().unbind(),
+            _hold: hold,
+        };
+        views(&Bound::new(py, owner)?, place)
+    }
+
+    fn of(model: Model) -> Self {
+        Self {
+            table: model.table().to_vec(),
+            hidden_size: model.config().hidden_size,
+            num_values: model.num_values(),
+            level: model.kernels().level().name(),
+            threads: model.pool().threads(),
+            lent: Arc::new(()),
+            gradients: OnceLock::new(),
+            model: Mutex::new(model),
+        }
+    }
+
+    /// Whether views of the parameters live through which they could be written to.
+    fn is_lent(&self) -> bool {
+        Arc::strong_count(&self.lent) > 1
+    }
+
     /// The elements of an argument that must not be a view of this model's own buffers, which the call writes to.
     fn foreign<'a>(
         &self,
+        py: Python<'_>,
         name: &str,
         array: Option<&'a PyReadonlyArrayDyn<'_, f32>>,
     ) -> PyResult<Option<&'a [f32]>> {
         let Some(slice) = optional_elements(array)? else {
             return Ok(None);
         };
-        if self.parameters.overlaps(slice)
-            || self
-                .gradients
-                .get()
-                .is_some_and(|lent| lent.overlaps(slice))
-        {
+        let parameters = lock(&self.model, "model")
+            .map(|model| LentBuffer::read_only(model.parameters()))
+            .map_err(|error| error.into_python(py))?;
+        let gradients = self.gradients.get().copied();
+        if parameters.overlaps(slice) || gradients.is_some_and(|lent| lent.overlaps(slice)) {
             let message = format!(
                 "{name}: is a view of the model's own memory, which this call writes to: pass a copy"
             );
@@ -382,6 +490,7 @@ impl NativeModel {
             ("entropy", outputs.entropy),
             ("lse", outputs.lse),
             ("zbar", outputs.zbar),
+            ("candidate_logprobs", outputs.candidate_logprobs),
         ];
         for (name, vector) in vectors {
             if let Some(vector) = vector {
@@ -423,6 +532,7 @@ fn parse_want(names: &[String]) -> PyResult<Want> {
             "top1" => &mut want.top1,
             "values" => &mut want.values,
             "hidden" => &mut want.hidden,
+            "candidate_logprobs" => &mut want.candidate_logprobs,
             _ => {
                 return Err(PyRuntimeError::new_err(format!(
                     "there is no output {name:?}"

@@ -27,6 +27,19 @@ pub struct RowStatistics {
     pub zbar: f32,
     /// Whether the target is the most probable id, the lowest one where several are equal.
     pub top1: bool,
+    /// Largest s.
+    pub largest: f32,
+    /// ln sum exp (s - largest).
+    pub log_sum: f64,
+}
+
+impl RowStatistics {
+    /// ln p of the id whose scaled logit s is `scaled`: the bits of [`RowStatistics::logprob`] where that is the target's.
+    #[inline(always)]
+    #[must_use]
+    pub fn logprob_of(&self, scaled: f32) -> f32 {
+        (f64::from(scaled) - f64::from(self.largest) - self.log_sum) as f32
+    }
 }
 
 /// Gradients of a loss with respect to the fields of [`RowStatistics`] of the same names.
@@ -121,6 +134,8 @@ fn statistics<S: Simd>(
             entropy: 0.0,
             zbar: 0.0,
             top1: false,
+            largest,
+            log_sum: 0.0,
         };
     }
     let [sum, product, total, count] = reduce(s, SoftmaxSums(largest), [&*logits]).map(f64::from);
@@ -134,6 +149,8 @@ fn statistics<S: Simd>(
         entropy: if entropy < 0.0 { 0.0 } else { entropy as f32 },
         zbar: (f64::from(largest) + total / count) as f32,
         top1: chosen >= largest && logits[..target].iter().all(|&other| other < largest),
+        largest,
+        log_sum,
     }
 }
 

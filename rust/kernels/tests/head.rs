@@ -98,6 +98,7 @@ fn statistics_and_gradients_match_f64() {
                     &what,
                 );
                 assert!(s.entropy >= 0.0);
+                assert_eq!(s.logprob_of(logits[target]).to_bits(), s.logprob.to_bits());
                 for d in GRADIENTS {
                     let mut d_z = logits.clone();
                     kernels.head_row_gradient(
@@ -234,7 +235,9 @@ fn banned_targets_and_rows_give_no_nan() {
                 logprob: banned,
                 entropy: 0.0,
                 zbar: 0.0,
-                top1: false
+                top1: false,
+                largest: banned,
+                log_sum: 0.0,
             }
         );
         kernels.head_row_gradient(&mut z, s.lse, s.entropy, 0, GRADIENTS[4], 1.0);

@@ -1,5 +1,7 @@
 //! What goes into a forward pass and what comes out, with the checks of the former.
 
+use std::ops::Range;
+
 use crate::{Config, ModelError, PositionKind};
 
 /// Several sequences one after the other in flat arrays, without padding.
@@ -33,6 +35,8 @@ pub struct Want {
     pub values: bool,
     /// Rows of the final norm's output.
     pub hidden: bool,
+    /// ln p(candidate) of each row's candidates.
+    pub candidate_logprobs: bool,
 }
 
 impl Want {
@@ -45,12 +49,27 @@ impl Want {
         top1: false,
         values: false,
         hidden: false,
+        candidate_logprobs: false,
     };
 
     /// Whether any output needs the logits.
     pub(crate) fn needs_logits(self) -> bool {
-        self.logprobs || self.entropy || self.lse || self.zbar || self.top1
+        self.logprobs
+            || self.entropy
+            || self.lse
+            || self.zbar
+            || self.top1
+            || self.candidate_logprobs
     }
+}
+
+/// Token ids for each row of a batch, whose log-probabilities are wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidates<'a> {
+    /// Row t has `ids[offsets[t]..offsets[t + 1]]`; `[N + 1]`, starts at 0, never decreases, ends with the number of ids.
+    pub offsets: &'a [i64],
+    /// `[C]`; the same id may come several times in a row.
+    pub ids: &'a [i32],
 }
 
 /// How a forward pass is done.
@@ -62,6 +81,8 @@ pub struct ForwardOptions<'a> {
     pub value_rows: Option<&'a [bool]>,
     /// Rows of the final norm's output to return, in this order; a row may come several times.
     pub hidden_rows: Option<&'a [i64]>,
+    /// Ids whose log-probabilities are computed, in rows with a target or without.
+    pub candidates: Option<Candidates<'a>>,
     /// Logits are divided by this; positive.
     pub temperature: f32,
     /// Token ids that can never be chosen: their probability is 0.
@@ -78,6 +99,7 @@ impl Default for ForwardOptions<'_> {
             want: Want::LOGPROBS,
             value_rows: None,
             hidden_rows: None,
+            candidates: None,
             temperature: 1.0,
             banned_ids: &[],
             train: true,
@@ -103,6 +125,8 @@ pub struct Outputs {
     pub values: Option<Vec<f32>>,
     /// Final norm's output at `hidden_rows`, `[R, hidden_size]`.
     pub hidden: Option<Vec<f32>>,
+    /// ln p of the candidates, `[C]`.
+    pub candidate_logprobs: Option<Vec<f32>>,
 }
 
 /// Gradients of a scalar with respect to the outputs. `None` is 0; entries of rows without the output are ignored.
@@ -120,6 +144,8 @@ pub struct OutputGradients<'a> {
     pub d_values: Option<&'a [f32]>,
     /// `[R, hidden_size]`.
     pub d_hidden: Option<&'a [f32]>,
+    /// `[C]`.
+    pub d_candidates: Option<&'a [f32]>,
 }
 
 /// A checked batch in the form that the layers use.
@@ -132,9 +158,7 @@ pub(crate) struct Packing {
     pub(crate) positions: Vec<u32>,
     /// Identity of each token's sequence, `[N]`.
     pub(crate) row_sequence_ids: Vec<i64>,
-    /// Rows that have a target, ascending.
-    pub(crate) target_rows: Vec<usize>,
-    /// The targets of those rows.
+    /// -1 for none, `[N]`.
     pub(crate) targets: Vec<i32>,
     /// Length of the longest sequence.
     pub(crate) longest: usize,
@@ -143,7 +167,18 @@ pub(crate) struct Packing {
 impl Packing {
     pub(crate) fn new(batch: &Batch<'_>, config: &Config) -> Result<Self, ModelError> {
         let num_rows = batch.tokens.len();
-        check_offsets(batch.offsets, num_rows)?;
+        if num_rows > i32::MAX as usize {
+            return Err(ModelError::argument(
+                "tokens",
+                format!("has {num_rows} entries; at most 2^31 - 1 fit in a batch"),
+            ));
+        }
+        check_offsets(
+            "offsets",
+            batch.offsets,
+            num_rows,
+            ("sequences", "the number of tokens"),
+        )?;
         ModelError::check_length(
             "targets",
             batch.targets.len(),
@@ -181,18 +216,13 @@ impl Packing {
             positions.extend(0..length as u32);
             row_sequence_ids.extend(std::iter::repeat_n(id, length));
         }
-        let target_rows: Vec<usize> = (0..num_rows)
-            .filter(|&row| batch.targets[row] >= 0)
-            .collect();
-        let targets = target_rows.iter().map(|&row| batch.targets[row]).collect();
         Ok(Self {
             tokens: batch.tokens.iter().map(|&token| token as u32).collect(),
             offsets: batch.offsets.to_vec(),
             sequence_ids,
             positions,
             row_sequence_ids,
-            target_rows,
-            targets,
+            targets: batch.targets.to_vec(),
             longest,
         })
     }
@@ -202,35 +232,34 @@ impl Packing {
     }
 }
 
-fn check_offsets(offsets: &[i64], num_rows: usize) -> Result<(), ModelError> {
+/// Offsets must cut `total` entries into runs; `parts` and `entries` are what messages call those.
+fn check_offsets(
+    argument: &'static str,
+    offsets: &[i64],
+    total: usize,
+    (parts, entries): (&str, &str),
+) -> Result<(), ModelError> {
     if offsets.is_empty() {
         return Err(ModelError::argument(
-            "offsets",
-            "is empty, but needs one entry more than there are sequences",
-        ));
-    }
-    if num_rows > i32::MAX as usize {
-        return Err(ModelError::argument(
-            "tokens",
-            format!("has {num_rows} entries; at most 2^31 - 1 fit in a batch"),
+            argument,
+            format!("is empty, but needs one entry more than there are {parts}"),
         ));
     }
     if offsets[0] != 0 {
         return Err(ModelError::argument(
-            "offsets",
+            argument,
             format!("starts with {}, but must start with 0", offsets[0]),
         ));
     }
     if let Some(i) = offsets.windows(2).position(|pair| pair[1] < pair[0]) {
         let (before, after) = (offsets[i], offsets[i + 1]);
         let message = format!("decreases from {before} to {after} at index {}", i + 1);
-        return Err(ModelError::argument("offsets", message));
+        return Err(ModelError::argument(argument, message));
     }
     let last = offsets[offsets.len() - 1];
-    if last != num_rows as i64 {
-        let message =
-            format!("ends with {last}, but must end with the number of tokens, {num_rows}");
-        return Err(ModelError::argument("offsets", message));
+    if last != total as i64 {
+        let message = format!("ends with {last}, but must end with {entries}, {total}");
+        return Err(ModelError::argument(argument, message));
     }
     Ok(())
 }
@@ -262,9 +291,16 @@ pub(crate) fn check_ids(
 }
 
 /// The checked options of the head.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct HeadOptions {
     pub(crate) want: Want,
+    /// Rows whose logits are computed, ascending: those with a target, and those with candidates where these are wanted.
+    pub(crate) rows: Vec<usize>,
+    /// The targets of those rows, -1 for none.
+    pub(crate) targets: Vec<i32>,
+    /// Row t of the batch has `candidates[candidate_offsets[t]..candidate_offsets[t + 1]]`; empty unless wanted.
+    pub(crate) candidate_offsets: Vec<usize>,
+    pub(crate) candidates: Vec<i32>,
     /// Rows whose scalar heads are computed, ascending.
     pub(crate) value_rows: Vec<usize>,
     pub(crate) hidden_rows: Vec<usize>,
@@ -274,6 +310,14 @@ pub(crate) struct HeadOptions {
 }
 
 impl HeadOptions {
+    /// Where the candidates of a row of the batch lie among all of them.
+    pub(crate) fn candidates_of(&self, row: usize) -> Range<usize> {
+        if self.candidates.is_empty() {
+            return 0..0;
+        }
+        self.candidate_offsets[row]..self.candidate_offsets[row + 1]
+    }
+
     pub(crate) fn new(
         options: &ForwardOptions<'_>,
         packing: &Packing,
@@ -323,25 +367,64 @@ impl HeadOptions {
             }
         };
         let banned_ids = check_banned(options.banned_ids, config.vocab_size)?;
-        if let Some(i) = packing
-            .targets
-            .iter()
-            .position(|target| banned_ids.binary_search(target).is_ok())
-        {
-            let message = format!(
-                "{} at row {} is one of banned_ids",
-                packing.targets[i], packing.target_rows[i]
-            );
+        let is_banned = |id: &i32| banned_ids.binary_search(id).is_ok();
+        if let Some(row) = packing.targets.iter().position(is_banned) {
+            let message = format!("{} at row {row} is one of banned_ids", packing.targets[row]);
             return Err(ModelError::argument("targets", message));
         }
+        let (candidate_offsets, candidates) = match options.candidates {
+            _ if !options.want.candidate_logprobs => Default::default(),
+            None => {
+                let message = "candidate_logprobs were asked for, but no candidates given";
+                return Err(ModelError::argument("candidates", message));
+            }
+            Some(given) => check_candidates(given, num_rows, config.vocab_size)?,
+        };
+        if let Some(i) = candidates.iter().position(is_banned) {
+            let row = candidate_offsets.partition_point(|&start| start <= i) - 1;
+            let message = format!("{} at row {row} is one of banned_ids", candidates[i]);
+            return Err(ModelError::argument("candidates", message));
+        }
+        let has_candidates = |row: usize| {
+            !candidates.is_empty() && candidate_offsets[row] < candidate_offsets[row + 1]
+        };
+        let rows: Vec<usize> = (0..num_rows)
+            .filter(|&row| packing.targets[row] >= 0 || has_candidates(row))
+            .collect();
         Ok(Self {
             want: options.want,
+            targets: rows.iter().map(|&row| packing.targets[row]).collect(),
+            rows,
+            candidate_offsets,
+            candidates,
             value_rows,
             hidden_rows,
             temperature: options.temperature,
             banned_ids,
         })
     }
+}
+
+fn check_candidates(
+    given: Candidates<'_>,
+    num_rows: usize,
+    vocab_size: usize,
+) -> Result<(Vec<usize>, Vec<i32>), ModelError> {
+    ModelError::check_length(
+        "candidate offsets",
+        given.offsets.len(),
+        num_rows + 1,
+        "a batch of one token less",
+    )?;
+    check_offsets(
+        "candidate offsets",
+        given.offsets,
+        given.ids.len(),
+        ("tokens", "the number of candidates"),
+    )?;
+    check_ids("candidates", given.ids, 0, vocab_size)?;
+    let offsets = given.offsets.iter().map(|&offset| offset as usize);
+    Ok((offsets.collect(), given.ids.to_vec()))
 }
 
 /// Sorted and without repetitions; at least one id must remain allowed.

@@ -41,6 +41,11 @@ impl Context {
     pub fn num_hidden_rows(&self) -> usize {
         self.head.hidden_rows.len()
     }
+
+    /// Number of entries of the `candidate_logprobs` output.
+    pub fn num_candidates(&self) -> usize {
+        self.head.candidates.len()
+    }
 }
 
 impl std::fmt::Debug for Context {

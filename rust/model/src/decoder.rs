@@ -155,10 +155,9 @@ impl Decoder {
         check_ids("tokens", tokens, 0, model.config().vocab_size)?;
         let head = HeadOptions {
             want: Want::LOGPROBS,
-            value_rows: Vec::new(),
-            hidden_rows: Vec::new(),
             temperature: sampling.divisor(),
             banned_ids: self.banned_ids.clone(),
+            ..HeadOptions::default()
         };
         let tokens = tokens.to_vec();
         let pages = PageTable::default();

@@ -27,6 +27,8 @@ const NO_STATISTICS: RowStatistics = RowStatistics {
     entropy: 0.0,
     zbar: 0.0,
     top1: false,
+    largest: 0.0,
+    log_sum: 0.0,
 };
 
 /// Rows of a chunk, from the shape alone.
@@ -180,7 +182,7 @@ impl Head<'_> {
         rows: &[usize],
         targets: &[i32],
         scratch: &mut Scratch,
-        f: impl Fn(usize, usize, &mut [f32], &RowStatistics) + Sync,
+        f: impl Fn(usize, Option<usize>, &mut [f32], &RowStatistics) + Sync,
     ) {
         let vocab_size = self.vocab_size();
         let kernels = self.compute.kernels;
@@ -197,8 +199,11 @@ impl Head<'_> {
             |(logits, statistics, rows, targets): LogitItem<'_>| {
                 let lines = logits.chunks_exact_mut(vocab_size).zip(statistics);
                 for ((logits, statistics), (&row, &target)) in lines.zip(rows.iter().zip(targets)) {
-                    *statistics = row_statistics(kernels, options, logits, target as usize);
-                    f(row, target as usize, logits, statistics);
+                    // Where there is no target, what is said of one is said of id 0, and nobody asks.
+                    let target = usize::try_from(target).ok();
+                    let scored = target.unwrap_or_default();
+                    *statistics = row_statistics(kernels, options, logits, scored);
+                    f(row, target, logits, statistics);
                 }
             },
         );
@@ -225,21 +230,35 @@ impl Head<'_> {
                 .values
                 .then(|| self.values(arenas, options, num_rows, x)),
             hidden: want.hidden.then(|| self.hidden(options, x)),
+            candidate_logprobs: want
+                .candidate_logprobs
+                .then(|| vec![0.0; options.candidates.len()]),
         };
         if !want.needs_logits() {
             return outputs;
         }
-        let mut scratch = self.scratch(arenas, packing.target_rows.len(), true, false);
+        let mut scratch = self.scratch(arenas, options.rows.len(), true, false);
         let chunk = rows_per_chunk(self.vocab_size(), self.width());
-        for (rows, targets) in packing
-            .target_rows
+        for (rows, targets) in options
+            .rows
             .chunks(chunk)
-            .zip(packing.targets.chunks(chunk))
+            .zip(options.targets.chunks(chunk))
         {
             self.gather(x, rows, &mut scratch);
             self.logits(rows.len(), &mut scratch);
             self.for_each_row(options, rows, targets, &mut scratch, |_, _, _, _| ());
-            for (&row, statistics) in rows.iter().zip(&scratch.statistics) {
+            if let Some(logprobs) = &mut outputs.candidate_logprobs {
+                let scaled = scratch.logits.chunks_exact(self.vocab_size());
+                for ((&row, statistics), scaled) in rows.iter().zip(&scratch.statistics).zip(scaled)
+                {
+                    for i in options.candidates_of(row) {
+                        let id = options.candidates[i] as usize;
+                        logprobs[i] = statistics.logprob_of(scaled[id]);
+                    }
+                }
+            }
+            let statistics = rows.iter().zip(targets).zip(&scratch.statistics);
+            for ((&row, _), statistics) in statistics.filter(|((_, target), _)| **target >= 0) {
                 let put = |output: &mut Option<Vec<f32>>, value| {
                     if let Some(output) = output {
                         output[row] = value;
@@ -313,17 +332,17 @@ impl Head<'_> {
         &self,
         arenas: &ArenaPool,
         gradients: &mut [f32],
-        packing: &Packing,
         options: &HeadOptions,
         d: &OutputGradients<'_>,
         x: &[f32],
         d_x: &mut [f32],
     ) {
         self.clear(d_x);
-        let logits = [d.d_logprobs, d.d_entropy, d.d_lse, d.d_zbar];
+        let logits = [d.d_logprobs, d.d_entropy, d.d_lse, d.d_zbar, d.d_candidates];
         if logits.iter().any(Option::is_some) {
             let entry = |array: Option<&[f32]>, row: usize| array.map_or(0.0, |array| array[row]);
-            self.backward_logits(arenas, gradients, packing, options, x, d_x, |row| {
+            let d_candidates = d.d_candidates.unwrap_or_default();
+            self.backward_logits(arenas, gradients, options, d_candidates, x, d_x, |row| {
                 RowGradients {
                     d_logprob: entry(d.d_logprobs, row),
                     d_entropy: entry(d.d_entropy, row),
@@ -346,14 +365,13 @@ impl Head<'_> {
         &self,
         arenas: &ArenaPool,
         gradients: &mut [f32],
-        packing: &Packing,
         options: &HeadOptions,
         weights: &[f32],
         x: &[f32],
         d_x: &mut [f32],
     ) -> f64 {
         self.clear(d_x);
-        self.backward_logits(arenas, gradients, packing, options, x, d_x, |row| {
+        self.backward_logits(arenas, gradients, options, &[], x, d_x, |row| {
             RowGradients {
                 d_logprob: -weights[row],
                 d_entropy: 0.0,
@@ -361,19 +379,19 @@ impl Head<'_> {
                 d_zbar: 0.0,
             }
         })
-        .zip(&packing.target_rows)
+        .zip(&options.rows)
         .map(|(logprob, &row)| -f64::from(weights[row]) * f64::from(logprob))
         .sum()
     }
 
     /// Makes the logits again, chunk by chunk, and takes them to the gradients of the vocabulary's matrix and of the
-    /// residual stream. Returns the log-probabilities of the rows that have targets.
+    /// residual stream. `d_candidates` is empty or `[C]`. Returns the log-probabilities of the head's rows.
     fn backward_logits(
         &self,
         arenas: &ArenaPool,
         gradients: &mut [f32],
-        packing: &Packing,
         options: &HeadOptions,
+        d_candidates: &[f32],
         x: &[f32],
         d_x: &mut [f32],
         d: impl Fn(usize) -> RowGradients + Sync,
@@ -381,13 +399,13 @@ impl Head<'_> {
         let (width, vocab_size) = (self.width(), self.vocab_size());
         let inverse_temperature = 1.0 / options.temperature;
         let kernels = self.compute.kernels;
-        let mut logprobs = Vec::with_capacity(packing.target_rows.len());
-        let mut scratch = self.scratch(arenas, packing.target_rows.len(), true, true);
+        let mut logprobs = Vec::with_capacity(options.rows.len());
+        let mut scratch = self.scratch(arenas, options.rows.len(), true, true);
         let chunk = rows_per_chunk(vocab_size, width);
-        for (rows, targets) in packing
-            .target_rows
+        for (rows, targets) in options
+            .rows
             .chunks(chunk)
-            .zip(packing.targets.chunks(chunk))
+            .zip(options.targets.chunks(chunk))
         {
             let count = rows.len();
             self.gather(x, rows, &mut scratch);
@@ -399,14 +417,30 @@ impl Head<'_> {
                 &mut scratch,
                 |row, target, logits, statistics| {
                     let (lse, entropy) = (statistics.lse, statistics.entropy);
+                    let mut d_row = target.map_or_else(RowGradients::default, |_| d(row));
+                    // sum of g_c (e_c - p): its part in p is that of an lse with the gradient -sum g_c.
+                    let candidates = match d_candidates {
+                        [] => 0..0,
+                        _ => options.candidates_of(row),
+                    };
+                    let total: f64 = d_candidates[candidates.clone()]
+                        .iter()
+                        .copied()
+                        .map(f64::from)
+                        .sum();
+                    d_row.d_lse = (f64::from(d_row.d_lse) - total) as f32;
                     kernels.head_row_gradient(
                         logits,
                         lse,
                         entropy,
-                        target,
-                        d(row),
+                        target.unwrap_or_default(),
+                        d_row,
                         inverse_temperature,
                     );
+                    for i in candidates {
+                        let id = options.candidates[i] as usize;
+                        logits[id] += d_candidates[i] * inverse_temperature;
+                    }
                 },
             );
             logprobs.extend(

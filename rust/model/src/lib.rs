@@ -27,7 +27,7 @@ mod sampling;
 #[cfg(test)]
 mod testing;
 
-pub use batch::{Batch, ForwardOptions, OutputGradients, Outputs, Want};
+pub use batch::{Batch, Candidates, ForwardOptions, OutputGradients, Outputs, Want};
 pub use config::{ActivationKind, AttentionBias, Config, NormKind, PositionKind, RopeScaling};
 pub use context::Context;
 pub use decoder::{DecodeStep, Decoder, DecoderOptions};

@@ -39,9 +39,10 @@ pub struct Model {
     config: Config,
     num_values: usize,
     layout: Layout,
-    parameters: Buffer,
+    /// Shared with other models until one of them writes to it, which makes a copy first.
+    parameters: Arc<Buffer>,
     gradients: Option<Buffer>,
-    compute: Compute,
+    compute: Arc<Compute>,
     arenas: ArenaPool,
     /// Grows to the longest sequence seen.
     rotary: Mutex<Option<Arc<RotaryTable>>>,
@@ -84,14 +85,32 @@ impl Model {
             config,
             num_values: options.num_values,
             layout,
-            parameters,
+            parameters: Arc::new(parameters),
             gradients: None,
-            compute,
+            compute: Arc::new(compute),
             arenas: ArenaPool::new(),
             rotary: Mutex::new(None),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             version: 0,
         })
+    }
+
+    /// A second model with the parameters that this one has now. Their memory is shared until one of the two is written
+    /// to, which takes a copy first and leaves the other as it is. Threads and working memory are shared for good.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        Self {
+            config: self.config.clone(),
+            num_values: self.num_values,
+            layout: self.layout.clone(),
+            parameters: Arc::clone(&self.parameters),
+            gradients: None,
+            compute: Arc::clone(&self.compute),
+            arenas: self.arenas.clone(),
+            rotary: Mutex::new(None),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            version: 0,
+        }
     }
 
     /// The configuration.
@@ -119,15 +138,25 @@ impl Model {
         self.layout.len
     }
 
-    /// The flat buffer of parameters. It never moves while the model lives.
+    /// The flat buffer of parameters. It stays where it is as long as no other model shares it.
     pub fn parameters(&self) -> &[f32] {
         &self.parameters
+    }
+
+    /// The flat buffer itself: while the handle lives, the next write to the model takes a copy.
+    pub fn shared_parameters(&self) -> Arc<Buffer> {
+        Arc::clone(&self.parameters)
+    }
+
+    /// The flat buffer of parameters for this model alone: a copy where it was shared. No change by itself.
+    pub fn own_parameters(&mut self) -> &mut [f32] {
+        Arc::<Buffer>::make_mut(&mut self.parameters)
     }
 
     /// The flat buffer of parameters for writing: contexts and decoders made before are stale from here on.
     pub fn parameters_mut(&mut self) -> &mut [f32] {
         self.version += 1;
-        &mut self.parameters
+        self.own_parameters()
     }
 
     /// The flat buffer of gradients, once there is one. It never moves after that.
@@ -223,7 +252,6 @@ impl Model {
         head.backward(
             arenas,
             flat,
-            &context.packing,
             &context.head,
             gradients,
             &context.output,
@@ -255,6 +283,7 @@ impl Model {
             want: crate::Want::LOGPROBS,
             value_rows: None,
             hidden_rows: None,
+            candidates: None,
             ..*options
         };
         let head_options = HeadOptions::new(
@@ -270,7 +299,6 @@ impl Model {
         let loss = head.forward_backward(
             arenas,
             flat,
-            &context.packing,
             &context.head,
             weights,
             &context.output,
@@ -284,7 +312,11 @@ impl Model {
     pub(crate) fn step_parts(&mut self) -> Result<(&Compute, &mut [f32], &[f32]), ModelError> {
         let gradients = self.gradients.as_deref().ok_or(ModelError::NoGradients)?;
         self.version += 1;
-        Ok((&self.compute, &mut self.parameters, gradients))
+        Ok((
+            &self.compute,
+            Arc::<Buffer>::make_mut(&mut self.parameters),
+            gradients,
+        ))
     }
 
     /// Tells models apart.
@@ -543,6 +575,21 @@ impl Model {
             }
             let expected = context.head.hidden_rows.len() * self.config.hidden_size;
             ModelError::check_length("d_hidden", d_hidden.len(), expected, "the output hidden")?;
+        }
+        if let Some(d_candidates) = gradients.d_candidates {
+            if !context.head.want.candidate_logprobs {
+                return Err(ModelError::argument(
+                    "d_candidates",
+                    "was given, but the forward pass was not asked for candidate_logprobs",
+                ));
+            }
+            let expected = context.head.candidates.len();
+            ModelError::check_length(
+                "d_candidates",
+                d_candidates.len(),
+                expected,
+                "the output candidate_logprobs",
+            )?;
         }
         Ok(())
     }

@@ -3,7 +3,9 @@
 mod common;
 
 use common::{Data, gpt2, llama, model, model_with};
-use ingot_model::{Batch, Config, ForwardOptions, Model, ModelError, Options, RopeScaling, Want};
+use ingot_model::{
+    Batch, Candidates, Config, ForwardOptions, Model, ModelError, Options, RopeScaling, Want,
+};
 
 fn refusal(model: &Model, batch: &Batch<'_>, options: &ForwardOptions<'_>) -> String {
     model.forward(batch, options).unwrap_err().to_string()
@@ -157,6 +159,36 @@ fn options() {
             ..default
         },
         "hidden_rows[1] is 5, outside 0..5 (rows of the batch)",
+    );
+    let with_candidates = |candidates| ForwardOptions {
+        want: Want {
+            candidate_logprobs: true,
+            ..Want::default()
+        },
+        candidates,
+        banned_ids: &[12],
+        ..default
+    };
+    check(
+        with_candidates(None),
+        "candidates: candidate_logprobs were asked for, but no candidates given",
+    );
+    let given = |offsets, ids| with_candidates(Some(Candidates { offsets, ids }));
+    check(
+        given(&[0, 0, 0, 1, 1, 2], &[3, 12]),
+        "candidates: 12 at row 4 is one of banned_ids",
+    );
+    check(
+        given(&[0, 0, 0, 1, 1, 2], &[3, 13]),
+        "candidates[1] is 13, outside 0..13 (token ids below vocab_size)",
+    );
+    check(
+        given(&[0, 0, 0, 1, 1, 1], &[3, 4]),
+        "candidate offsets: ends with 1, but must end with the number of candidates, 2",
+    );
+    check(
+        given(&[0, 0, 0, 1, 1], &[3]),
+        "candidate offsets: has 5 entries, but a batch of one token less needs 6",
     );
     let with_values = model_with(&config, None, 1, 1);
     let options = ForwardOptions {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from ingot.configs import ModelConfig
 from ingot.errors import ConfigError
 from ingot.models.base import (
     BoolArray,
+    Candidates,
     Context,
     FloatArray,
     IntArray,
@@ -29,7 +31,7 @@ from ingot.models.base import (
     check_want,
 )
 from ingot.models.hf import write_folder
-from ingot.models.packing import Packing, check_array, check_banned, check_rows, check_seed
+from ingot.models.packing import Packing, check_array, check_banned, check_candidates, check_rows, check_seed
 from ingot.models.parameters import Parameter, initial_values, parameter_table
 from ingot.models.tables import check_state, parts_table
 from ingot.models.torch_backend.decoder import TorchDecoder
@@ -102,15 +104,45 @@ class TorchModel:
         size = self._table[-1].offset + self._table[-1].size
         self._flat = torch.zeros(size, dtype=self._dtype, device=self._device)
         self._flat_gradient: Tensor | None = None
-        # Leaves of the graph that share the flat buffer's memory.
-        self._tensors = {p.name: self._part(self._flat, p).detach().requires_grad_() for p in self._table}
+        self._sharers: weakref.WeakSet[TorchModel] = weakref.WeakSet([self])
+        self._cut()
         with torch.no_grad():
             for parameter, values in initial_values(config, self._table, seed):
                 self._tensors[parameter.name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
-        self._network = Network(config, self._tensors, self._dtype)
         self._version = 0
         self._lock = threading.RLock()
         self.optimizer: Optimizer = TorchOptimizer(self)
+
+    @alone
+    def fork(self) -> TorchModel:
+        """A second model with the weights that this one has now, in the same memory until one of the two is written to.
+
+        The first write to either (a step, :meth:`load_state`) takes a copy for it.
+        """
+        fork = TorchModel.__new__(TorchModel)
+        fork._config, fork._num_values = self._config, self._num_values
+        fork._device, fork._precision, fork._dtype = self._device, self._precision, self._dtype
+        fork._table, fork._flat, fork._flat_gradient = self._table, self._flat, None
+        fork._sharers = self._sharers
+        fork._sharers.add(fork)
+        fork._cut()
+        fork._version = 0
+        fork._lock = threading.RLock()
+        fork.optimizer = TorchOptimizer(fork)
+        return fork
+
+    def _cut(self) -> None:
+        """The named parts of the flat buffer: leaves of the graph that share its memory."""
+        self._tensors = {p.name: self._part(self._flat, p).detach().requires_grad_() for p in self._table}
+        self._network = Network(self._config, self._tensors, self._dtype)
+
+    def _own(self) -> None:
+        """Takes a copy of the weights where another model shares them: to be called before they are written to."""
+        if len(self._sharers) > 1:
+            self._sharers.discard(self)
+            self._sharers = weakref.WeakSet([self])
+            self._flat = self._flat.clone()
+            self._cut()
 
     # -- facts --
 
@@ -170,6 +202,7 @@ class TorchModel:
         want: Collection[str] = ("logprobs",),
         value_rows: BoolArray | None = None,
         hidden_rows: LongArray | None = None,
+        candidates: Candidates | None = None,
         temperature: float = 1.0,
         banned_ids: Sequence[int] | IntArray | None = None,
         train: bool = True,
@@ -177,19 +210,21 @@ class TorchModel:
         sequence_ids: LongArray | None = None,
     ) -> tuple[TorchContext | None, Outputs]:
         """See :meth:`ingot.models.base.Model.forward`."""
-        wanted = check_want(want, self._num_values)
+        wanted = check_want(want, self._num_values, candidates)
         check_seed(seed)
         packing = Packing.of(tokens, offsets, targets, sequence_ids, self._config)
         banned = check_banned(banned_ids, packing.targets, self._config.vocab_size)
         num_rows = len(packing.tokens)
         check_temperature(temperature)
+        if candidates is not None:
+            check_candidates(candidates, num_rows, banned, self._config.vocab_size)
         if value_rows is not None:
             check_array("value_rows", value_rows, np.bool_, (num_rows,))
         if hidden_rows is not None:
             check_rows(hidden_rows, num_rows)
         with torch.set_grad_enabled(train), self._autocast():
             x = self._residual(packing, train, seed)
-            outputs = self._head_outputs(packing, x, wanted, temperature, self._banned_mask(banned))
+            outputs = self._head_outputs(packing, x, wanted, candidates, temperature, self._banned_mask(banned))
             if "values" in wanted:
                 rows = torch.from_numpy(np.arange(num_rows) if value_rows is None else np.flatnonzero(value_rows))
                 outputs["values"] = self._values(x, rows.to(self._device))
@@ -210,6 +245,7 @@ class TorchModel:
         d_lse: FloatArray | None = None,
         d_zbar: FloatArray | None = None,
         d_hidden: FloatArray | None = None,
+        d_candidates: FloatArray | None = None,
     ) -> None:
         """See :meth:`ingot.models.base.Model.backward`."""
         if not isinstance(ctx, TorchContext):
@@ -226,21 +262,22 @@ class TorchModel:
                 "the parameters changed after this context was made (by a step or a write): run forward again"
             )
         given = {
-            "logprobs": d_logprobs,
-            "entropy": d_entropy,
-            "values": d_values,
-            "lse": d_lse,
-            "zbar": d_zbar,
-            "hidden": d_hidden,
+            "logprobs": ("d_logprobs", d_logprobs),
+            "entropy": ("d_entropy", d_entropy),
+            "values": ("d_values", d_values),
+            "lse": ("d_lse", d_lse),
+            "zbar": ("d_zbar", d_zbar),
+            "hidden": ("d_hidden", d_hidden),
+            "candidate_logprobs": ("d_candidates", d_candidates),
         }
         roots, gradients = [], []
-        for name, gradient in given.items():
+        for name, (argument, gradient) in given.items():
             if gradient is None:
                 continue
             if name not in ctx._outputs:
-                raise ValueError(f"d_{name}: was given, but the forward pass was not asked for {name}")
+                raise ValueError(f"{argument}: was given, but the forward pass was not asked for {name}")
             output = ctx._outputs[name]
-            check_array(f"d_{name}", gradient, numpy_dtype(self._dtype), tuple(output.shape))
+            check_array(argument, gradient, numpy_dtype(self._dtype), tuple(output.shape))
             if output.requires_grad:
                 roots.append(output)
                 gradients.append(torch.from_numpy(gradient.copy()).to(self._device, output.dtype))
@@ -302,6 +339,7 @@ class TorchModel:
         """Lets an optimizer change the weights by the flat gradient."""
         if self._flat_gradient is None:
             raise RuntimeError("there are no gradients yet: run backward or forward_backward before the step")
+        self._own()
         info = rule(self._flat_gradient)
         if not info.skipped:
             self._version += 1
@@ -329,6 +367,7 @@ class TorchModel:
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; missing, surplus or mis-shaped weights are a ``CheckpointError`` that names them."""
         check_state(state, {p.name: p.shape for p in self._table}, "state")
+        self._own()
         with torch.no_grad():
             for parameter in self._table:
                 self._tensors[parameter.name].copy_(torch.from_numpy(as_array(state[parameter.name])))
@@ -348,33 +387,56 @@ class TorchModel:
         return self._network.residual(TokenBatch.of(packing, self._device), dropout)
 
     def _head_outputs(
-        self, packing: Packing, x: Tensor, wanted: frozenset[str], temperature: float, banned: Tensor
+        self,
+        packing: Packing,
+        x: Tensor,
+        wanted: frozenset[str],
+        candidates: Candidates | None,
+        temperature: float,
+        banned: Tensor,
     ) -> dict[str, Tensor]:
         names = [name for name in ("logprobs", "entropy", "lse", "zbar", "top1") if name in wanted]
-        if not names:
+        if not names and candidates is None:
             return {}
-        rows, chosen = self._target_rows(packing)
+        num_rows = len(packing.tokens)
+        offsets, ids = (np.zeros(num_rows + 1, np.int64), np.empty(0, np.int32)) if candidates is None else candidates
+        counts = np.diff(offsets)
+        rows = np.flatnonzero((packing.targets >= 0) | (counts > 0))
 
-        def statistics(x_rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        def statistics(x_rows: Tensor, targets: Tensor, lines: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
             scores = self._network.scores(self._network.final_norm(x_rows), temperature, banned)
             found = Statistics.of(scores, targets)
-            return tuple(getattr(found, name) for name in names)
+            return *(getattr(found, name) for name in names), scores[lines, columns] - found.lse[lines]
 
         parts = []
         for part in self._chunks(len(rows)):
+            chosen = rows[part]
+            own = ids[offsets[chosen[0]] : offsets[chosen[-1] + 1]]
+            arrays = (
+                # Where there is no target, what is said of one is said of id 0, and dropped below.
+                np.maximum(packing.targets[chosen], 0).astype(np.int64),
+                np.repeat(np.arange(len(chosen)), counts[chosen]),
+                own.astype(np.int64),
+            )
+            inputs = (x[self._to_device(chosen)], *(self._to_device(array) for array in arrays))
             if x.requires_grad:
-                parts.append(
-                    checkpoint(statistics, x[rows[part]], chosen[part], use_reentrant=False, preserve_rng_state=False)
-                )
+                parts.append(checkpoint(statistics, *inputs, use_reentrant=False, preserve_rng_state=False))
             else:
-                parts.append(statistics(x[rows[part]], chosen[part]))
+                parts.append(statistics(*inputs))
         outputs: dict[str, Tensor] = {}
+        scored = np.flatnonzero(packing.targets[rows] >= 0)
         for i, name in enumerate(names):
             dtype = torch.bool if name == "top1" else self._dtype
-            empty = torch.zeros(len(packing.tokens), dtype=dtype, device=self._device)
+            empty = torch.zeros(num_rows, dtype=dtype, device=self._device)
             column = torch.cat([part[i] for part in parts]) if parts else empty[:0]
-            outputs[name] = empty.index_put((rows,), column)
+            outputs[name] = empty.index_put((self._to_device(rows[scored]),), column[self._to_device(scored)])
+        if candidates is not None:
+            nothing = torch.zeros(0, dtype=self._dtype, device=self._device)
+            outputs["candidate_logprobs"] = torch.cat([part[-1] for part in parts]) if parts else nothing
         return outputs
+
+    def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def _values(self, x: Tensor, rows: Tensor) -> Tensor:
         values = self._network.values(self._network.final_norm(x[rows]))

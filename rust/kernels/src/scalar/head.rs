@@ -28,6 +28,8 @@ pub fn row_statistics(
             entropy: 0.0,
             zbar: 0.0,
             top1: false,
+            largest: BANNED,
+            log_sum: 0.0,
         };
     }
     let n = logits.len();
@@ -50,6 +52,8 @@ pub fn row_statistics(
         entropy: (log_sum - product / sum).max(0.0) as f32,
         zbar: (largest + total / allowed) as f32,
         top1: logits.iter().position(|x| f64::from(*x) == largest) == Some(target),
+        largest: largest as f32,
+        log_sum,
     }
 }
 

@@ -6,7 +6,7 @@ use ingot_model::{
     OutputGradients, Outputs, PositionKind, RopeScaling, Want,
 };
 
-/// Everything that a forward pass can compute.
+/// Everything that a forward pass can compute from a batch alone.
 pub const ALL: Want = Want {
     logprobs: true,
     entropy: true,
@@ -15,6 +15,7 @@ pub const ALL: Want = Want {
     top1: true,
     values: true,
     hidden: true,
+    candidate_logprobs: false,
 };
 
 /// GPT-2's settings; odd sizes, large initial weights so that every part of the network matters.
@@ -306,6 +307,7 @@ impl Mixture {
             d_zbar: given(want.zbar, &self.zbar),
             d_values: given(want.values, &self.values),
             d_hidden: given(want.hidden, &self.hidden),
+            d_candidates: None,
         }
     }
 }
