@@ -405,7 +405,8 @@ def test_files_come_back_as_they_were(shape: str, writer: str, reader: str, tmp_
     targets = ["c_attn", "mlp.c_proj"] if shape == "gpt2" else ["q_proj", "up_proj"]
     model.add_adapter("x", rank=3, alpha=5.0, target_modules=targets)
     fill(model, "x")
-    model.save_adapter("x", tmp_path, "some/base")
+    model.adapters["x"].base_model = "some/base"
+    model.save_adapter("x", tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 3, 5.0)
     assert settings["fan_in_fan_out"] == (shape == "gpt2")
@@ -415,6 +416,7 @@ def test_files_come_back_as_they_were(shape: str, writer: str, reader: str, tmp_
     again = build(reader, shape)
     adapter = again.load_adapter(tmp_path, "y")
     assert same(adapter.state(), model.adapters["x"].state())
+    assert adapter.base_model == "some/base"
     if writer == reader:
         assert same(outputs(again, "y"), outputs(model, "x"))
 

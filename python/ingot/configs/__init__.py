@@ -5,6 +5,7 @@ This package stays light (no numpy, no native code), so that ``ingot --help`` an
 """
 
 from ingot.configs.checks import check_keys, load_recipe, load_toml, parse_duration, recipe_names, require
+from ingot.configs.lora import LoraConfig
 from ingot.configs.model import Activation, Architecture, AttentionBias, ModelConfig, Norm, Position
 from ingot.configs.pretrain import PretrainConfig
 from ingot.configs.sft import SFTConfig
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionBias",
     "Backend",
     "Level",
+    "LoraConfig",
     "ModelConfig",
     "Norm",
     "Position",

@@ -62,6 +62,8 @@ class Adapter(abc.ABC):
         self.alpha = alpha
         self.modules = tuple(modules)
         """The linear layers that it changes, by name."""
+        self.base_model: str | None = None
+        """Where the weights below it are, for ``base_model_name_or_path`` of its file."""
 
     @property
     def scale(self) -> float:
@@ -206,13 +208,8 @@ class Adapted(abc.ABC):
         self._add_to_weights(self._deltas(self._adapters[self._merged], -1.0))
         self._merged = None
 
-    def save_adapter(self, name: str, folder: str | Path, base_model: str | None = None) -> None:
+    def save_adapter(self, name: str, folder: str | Path) -> None:
         """Write an adapter as peft does.
-
-        Parameters
-        ----------
-        base_model
-            Where the weights below it are, for ``base_model_name_or_path``.
 
         Raises
         ------
@@ -221,7 +218,7 @@ class Adapted(abc.ABC):
         OSError
             No space, no permission. What was there before stays.
         """
-        write_adapter(Path(folder), self._known(name), self.config, base_model)
+        write_adapter(Path(folder), self._known(name), self.config)
 
     def load_adapter(self, folder: str | Path, name: str = "default") -> Adapter:
         """Add an adapter from a folder that :meth:`save_adapter` or peft wrote.
@@ -246,6 +243,7 @@ class Adapted(abc.ABC):
         except CheckpointError as error:
             del self._adapters[name]
             raise CheckpointError(f"{folder}: {error}") from None
+        adapter.base_model = settings["base_model_name_or_path"]
         return adapter
 
     def _known(self, name: str) -> Adapter:
@@ -364,7 +362,7 @@ def adapter_table(config: ModelConfig, num_values: int, rank: int, modules: Sequ
 # ---- files
 
 
-def write_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base_model: str | None) -> None:
+def write_adapter(folder: Path, adapter: Adapter, config: ModelConfig) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors`` as peft writes them."""
     everything = list(linear_modules(config))
     names = sorted({_short(module) for module in adapter.modules})
@@ -375,7 +373,7 @@ def write_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base_mode
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
@@ -425,4 +423,4 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, FloatArray]]:
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing")
     state = {name.removeprefix(_PREFIX): array for name, array in read_tensors(weights, read_header(weights))}
-    return {"r": rank, "lora_alpha": alpha}, state
+    return {"r": rank, "lora_alpha": alpha, "base_model_name_or_path": settings.get("base_model_name_or_path")}, state

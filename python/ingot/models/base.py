@@ -439,7 +439,7 @@ class Model(Protocol):
         """Take the merged adapter off the weights again."""
         ...
 
-    def save_adapter(self, name: str, folder: str | Path, base_model: str | None = None) -> None:
+    def save_adapter(self, name: str, folder: str | Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as peft does."""
         ...
 
