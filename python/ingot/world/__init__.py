@@ -9,7 +9,7 @@ True
 from ingot.world.check import ASPECTS, Check, Scores, check, parse_request, parse_story, score_samples
 from ingot.world.exercises import exercises
 from ingot.world.grammar import Facts, Move, Request, Split, Story, combinations, log_probability, split_of, stories
-from ingot.world.preference import pleases, prefers
+from ingot.world.preference import merit, pleases, prefers
 from ingot.world.questions import Document, Question, baselines, documents, questions
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "documents",
     "exercises",
     "log_probability",
+    "merit",
     "parse_request",
     "parse_story",
     "pleases",

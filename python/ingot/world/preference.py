@@ -13,7 +13,7 @@ from ingot.world.vocabulary import TASTES
 
 def pleases(prompt: str, story: str) -> bool:
     """Whether a story does all that its first line asks, in sentences that are all right, with an encounter that the reader likes."""
-    return _rank(prompt, story) == 2
+    return merit(prompt, story) == 2
 
 
 def prefers(prompt: str, a: str, b: str) -> int:
@@ -21,11 +21,12 @@ def prefers(prompt: str, a: str, b: str) -> int:
 
     A whole story that does what was asked is better than any other; of two such stories the one that pleases the reader is better.
     """
-    rank_a, rank_b = _rank(prompt, a), _rank(prompt, b)
-    return (rank_a > rank_b) - (rank_a < rank_b)
+    merit_a, merit_b = merit(prompt, a), merit(prompt, b)
+    return (merit_a > merit_b) - (merit_a < merit_b)
 
 
-def _rank(prompt: str, story: str) -> int:
+def merit(prompt: str, story: str) -> int:
+    """2 for a whole story that does what its first line asks and pleases the reader, 1 for one that only does what was asked, 0 for any other."""
     request = parse_request(prompt)
     if request is None:
         raise ValueError(f"not a first line of the world: {prompt!r}")
