@@ -457,3 +457,14 @@ def test_saving_merges_the_active_adapter(backend: str, tmp_path: Path) -> None:
     for name, array in outputs(opened).items():
         np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=5e-5, err_msg=name)
     assert same(ingot.load_model(tmp_path / "base").state(), model.state())
+
+
+def test_views_of_ones_own_memory_are_no_arguments() -> None:
+    model = build("native")
+    adapter = model.add_adapter("x")
+    size = adapter.parameters["model.layers.0.mlp.up_proj.lora_A.weight"].size
+    rows = pack(model.config, [size])
+    for own in (adapter.parameters, adapter.gradients):
+        view = own["model.layers.0.mlp.up_proj.lora_A.weight"].reshape(-1)
+        with pytest.raises(ValueError, match="weights: is a view of the model's own memory"):
+            model.forward_backward(*rows.arrays, view, adapter="x")

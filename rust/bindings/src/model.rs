@@ -495,11 +495,13 @@ impl NativeModel {
         let Some(slice) = optional_elements(array)? else {
             return Ok(None);
         };
-        let parameters = lock(&self.model, "model")
-            .map(|model| LentBuffer::read_only(model.parameters()))
+        let is_own = lock(&self.model, "model")
+            .map(|model| {
+                let mut own = model.buffers().map(LentBuffer::read_only);
+                own.any(|buffer| buffer.overlaps(slice))
+            })
             .map_err(|error| error.into_python(py))?;
-        let gradients = self.gradients.get().copied();
-        if parameters.overlaps(slice) || gradients.is_some_and(|lent| lent.overlaps(slice)) {
+        if is_own {
             let message = format!(
                 "{name}: is a view of the model's own memory, which this call writes to: pass a copy"
             );

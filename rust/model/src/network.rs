@@ -229,6 +229,18 @@ impl Model {
         ))
     }
 
+    /// All flat buffers that exist: parameters and gradients of the model and of its adapters.
+    pub fn buffers(&self) -> impl Iterator<Item = &[f32]> {
+        let own = [Some(&*self.parameters), self.gradients.as_ref()];
+        let adapters = self.adapters.iter();
+        let adapters =
+            adapters.flat_map(|adapter| [Some(&adapter.parameters), adapter.gradients.as_ref()]);
+        own.into_iter()
+            .chain(adapters)
+            .flatten()
+            .map(|buffer| &**buffer)
+    }
+
     /// The gradients of the model, or of one of its adapters, once there are some.
     pub(crate) fn gradients_of(&self, adapter: Option<usize>) -> Option<&[f32]> {
         match adapter {
