@@ -94,10 +94,29 @@ def test_the_rows_of_new_tokens_stay_as_they_began(place: Path) -> None:
     base = load_model(place / "base")
     known, ids = Tokenizer.from_file(place / "base").vocab_size, result.tokenizer.vocab_size
     assert ids > known
-    grown = grow_vocabulary(base.state(), num_known=known, num_ids=ids, seed=0)
+    grown = grow_vocabulary(base.state(), num_known=known, num_ids=ids, seed=0, frozen=True)
     assert {name: array.tobytes() for name, array in result.model.state().items()} == {
         name: array.tobytes() for name, array in grown.items()
     }
+
+
+def test_rows_that_stay_lie_where_used_tokens_lie() -> None:
+    """Training moves no new row here, so it must be one that a state of the network can prefer."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(200, 16)) * np.where(np.arange(200) < 60, 1.0, 0.02)[:, None] + rng.normal(size=16)
+    state = {"lm_head.weight": table.astype(np.float32)}
+    near, far = (
+        grow_vocabulary(state, num_known=200, num_ids=204, seed=1, frozen=frozen)["lm_head.weight"]
+        for frozen in (False, True)
+    )
+    np.testing.assert_array_equal(far[:200], state["lm_head.weight"])
+    mean = table.mean(axis=0)
+    old = np.linalg.norm(table - mean, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(far[200:] - mean, axis=1), np.quantile(old, 0.9), rtol=1e-5)
+    # The state that points at a new row prefers it to all others; near the mean none does.
+    for new in range(200, 204):
+        assert np.argmax(far @ (far[new] - mean)) == new
+        assert np.argmax(near @ (near[new] - mean)) != new
 
 
 def test_named_layers_alone_are_adapted(place: Path) -> None:

@@ -174,7 +174,9 @@ def _make_model(config: SFTConfig, demonstrations: Demonstrations, known: ModelC
     if base.config == shape and num_ids == num_known:
         return base
     model = Model(shape, seed=config.seed, **config.place)
-    model.load_state(grow_vocabulary(base.state(), num_known=num_known, num_ids=num_ids, seed=config.seed))
+    frozen = bool(config.lora_rank)
+    state = grow_vocabulary(base.state(), num_known=num_known, num_ids=num_ids, seed=config.seed, frozen=frozen)
+    model.load_state(state)
     return model
 
 
