@@ -111,6 +111,8 @@ class Adapted(abc.ABC):
     _adapters: dict[str, Adapter]
     _active: str | None
     _merged: str | None
+    _head_deltas: dict[str, FloatArray]
+    """What merging added to the scalar heads."""
 
     config: Any
     num_values: Any
@@ -163,12 +165,15 @@ class Adapted(abc.ABC):
         ------
         ConfigError
             The name is taken, a number is out of its range, or a target names no linear layer.
+        RuntimeError
+            An adapter is merged into the weights.
         """
         if not name or name == OFF or "/" in name or name in self._adapters:
             taken = (
                 "is there already" if name in self._adapters else 'is no name for an adapter ("off" stands for none)'
             )
             raise ConfigError(f"adapter {name!r} {taken}: give another name")
+        self._require_unmerged()
         if rank < 1:
             raise ConfigError(f"rank must be at least 1, got {rank}")
         if not 0.0 < alpha < math.inf:
@@ -196,8 +201,7 @@ class Adapted(abc.ABC):
             One is merged already.
         """
         adapter = self._known(name)
-        if self._merged is not None:
-            raise RuntimeError(f"adapter {self._merged!r} is merged into the weights already: unmerge it first")
+        self._require_unmerged()
         self._add_to_weights(self._deltas(adapter, 1.0))
         self._merged = name
 
@@ -276,7 +280,7 @@ class Adapted(abc.ABC):
 
     def _require_unmerged(self) -> None:
         if self._merged is not None:
-            raise RuntimeError(f"adapter {self._merged!r} is merged into the weights: unmerge it before it is trained")
+            raise RuntimeError(f"adapter {self._merged!r} is merged into the weights: unmerge it first")
 
     def _deltas(self, adapter: Adapter, sign: float) -> Iterator[tuple[str, FloatArray]]:
         """What merging adds to each weight, in the shape in which it is shown."""
@@ -289,8 +293,6 @@ class Adapted(abc.ABC):
             self._head_deltas = {key: own[key] - state[key] for key in state if key.startswith("score.")}
         for key, delta in self._head_deltas.items():
             yield key, np.float32(sign) * delta
-
-    _head_deltas: dict[str, FloatArray]
 
     def _merged_weights(self, weights: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         """``weights`` with the active adapter merged, for saving."""

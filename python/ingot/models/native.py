@@ -92,6 +92,7 @@ class NativeModel(Adapted):
         self._adapters: dict[str, Adapter] = {}
         self._active: str | None = None
         self._merged: str | None = None
+        self._head_deltas: dict[str, FloatArray] = {}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -289,7 +290,7 @@ class NativeModel(Adapted):
             for name, adapter in self._adapters.items()
             if isinstance(adapter, NativeAdapter)
         }
-        fork._active, fork._merged = self._active, self._merged
+        fork._active, fork._merged, fork._head_deltas = self._active, self._merged, self._head_deltas
         return fork
 
     def state(self) -> dict[str, FloatArray]:
@@ -298,6 +299,7 @@ class NativeModel(Adapted):
 
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; strict."""
+        self._require_unmerged()
         check_state(state, {name: tuple(shape) for name, shape in self._core.table}, "state")
         for name, view in self.parameters.items():
             view[...] = state[name]

@@ -118,6 +118,7 @@ class TorchModel(Adapted):
         self._adapters: dict[str, Adapter] = {}
         self._active: str | None = None
         self._merged: str | None = None
+        self._head_deltas: dict[str, FloatArray] = {}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -148,7 +149,7 @@ class TorchModel(Adapted):
             own = fork._make_adapter(name, adapter.rank, adapter.alpha, adapter.modules)
             own._write(adapter.state())
             fork._adapters[name] = own
-        fork._active, fork._merged = self._active, self._merged
+        fork._active, fork._merged, fork._head_deltas = self._active, self._merged, self._head_deltas
         return fork
 
     def _own(self) -> None:
@@ -431,6 +432,7 @@ class TorchModel(Adapted):
     @alone
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; missing, surplus or mis-shaped weights are a ``CheckpointError`` that names them."""
+        self._require_unmerged()
         check_state(state, {p.name: p.shape for p in self._own_set.table}, "state")
         self._own()
         self._own_set.write(state)
