@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -40,9 +41,9 @@ def write_rows(path: Path, entries: list[dict[str, object]]) -> str:
     return str(path)
 
 
-def settings(folder: Path) -> SFTConfig:
+def settings(folder: Path, **changes: object) -> SFTConfig:
     """Dropout, two files, several packs a step, an end inside an epoch: everything that a resume could get wrong."""
-    return SFTConfig(
+    config = SFTConfig(
         model=str(folder.parent.parent / "base"),
         data=tuple(str(folder.parent.parent / name) for name in ("a.jsonl", "b.jsonl")),
         output=str(folder),
@@ -60,10 +61,14 @@ def settings(folder: Path) -> SFTConfig:
         threads=1,
         seed=5,
     )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
-def child(folder: Path, kill_at: int | None, log: Path | None) -> None:
-    """Entry of the process: start or resume; die at the ``kill_at``-th crash point. ``log`` gets their names."""
+def child(folder: Path, kill_at: int | None, log: Path | None, **changes: object) -> None:
+    """Entry of the process: start or resume; die at the ``kill_at``-th crash point. ``log`` gets their names.
+
+    ``changes`` are settings of the run.
+    """
     names: list[str] = []
 
     def reached(name: str) -> None:
@@ -75,6 +80,6 @@ def child(folder: Path, kill_at: int | None, log: Path | None) -> None:
     if (folder / "run.json").exists():
         resume(folder, quiet=True)
     else:
-        sft(settings(folder), quiet=True)
+        sft(settings(folder, **changes), quiet=True)
     if log is not None:
         log.write_text("\n".join(names))

@@ -45,7 +45,7 @@ def address(model: Model) -> int:
     """Where the weights lie."""
     if isinstance(model, NativeModel):
         return next(iter(model._core.snapshot().values())).ctypes.data
-    return model._flat.data_ptr()  # type: ignore[attr-defined, no-any-return]
+    return model._own_set.flat.data_ptr()  # type: ignore[attr-defined, no-any-return]
 
 
 def check_training_leaves_the_reference(policy: Model) -> None:

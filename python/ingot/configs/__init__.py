@@ -8,6 +8,7 @@ from ingot.configs.checks import check_keys, load_recipe, load_toml, parse_durat
 from ingot.configs.distill import DistillConfig
 from ingot.configs.dpo import DPOConfig
 from ingot.configs.grpo import GRPOConfig
+from ingot.configs.lora import LoraConfig
 from ingot.configs.model import Activation, Architecture, AttentionBias, ModelConfig, Norm, Position
 from ingot.configs.online import OnlineConfig
 from ingot.configs.ppo import PPOConfig
@@ -25,6 +26,7 @@ __all__ = [
     "DistillConfig",
     "GRPOConfig",
     "Level",
+    "LoraConfig",
     "ModelConfig",
     "Norm",
     "OnlineConfig",

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Literal
 
 from ingot.configs.checks import require
-from ingot.configs.training import TrainingConfig
+from ingot.configs.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainingConfig):
+class SFTConfig(LoraConfig):
     """Supervised fine-tuning: a pretrained model and demonstrations in, a model that answers out."""
 
     model: str = ""

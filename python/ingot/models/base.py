@@ -12,13 +12,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from ingot.configs import ModelConfig
 from ingot.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ingot.models.adapters import Adapter
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int32]
@@ -241,7 +244,11 @@ class Model(Protocol):
     """
 
     optimizer: Optimizer
-    """What :meth:`step` uses: AdamW with the defaults of :func:`ingot.models.Optimizer` unless replaced."""
+    """What :meth:`step` uses: AdamW with the defaults of :func:`ingot.models.Optimizer` unless replaced. Each adapter has its own,
+    and so have the weights; this is that of the active adapter."""
+
+    active_adapter: str | None
+    """The adapter that calls without ``adapter`` go through, that :meth:`step` trains and that :meth:`save` merges; None for none."""
 
     @property
     def config(self) -> ModelConfig:
@@ -301,6 +308,7 @@ class Model(Protocol):
         train: bool = True,
         seed: int = 0,
         sequence_ids: LongArray | None = None,
+        adapter: str | None = None,
     ) -> tuple[Context | None, Outputs]:
         """Log-probabilities and other outputs of a packed batch.
 
@@ -332,6 +340,9 @@ class Model(Protocol):
             Of the dropout masks, which are a function of (seed, layer, place, sequence id, position).
         sequence_ids
             Identities of the sequences for that, i64[S]; 0 to S - 1 unless given.
+        adapter
+            Name of the adapter to go through; the active one unless given, "off" for none. The backward pass adds to the gradients of
+            that adapter alone.
 
         Returns
         -------
@@ -373,6 +384,7 @@ class Model(Protocol):
         train: bool = True,
         seed: int = 0,
         sequence_ids: LongArray | None = None,
+        adapter: str | None = None,
     ) -> float:
         """Next-token loss ``sum(weights * -logprobs)`` in f64, its gradient added: the same as forward and backward, fused.
 
@@ -381,7 +393,7 @@ class Model(Protocol):
         ...
 
     def zero_grad(self) -> None:
-        """Set all gradients to 0."""
+        """Set all gradients to 0, those of adapters too."""
         ...
 
     def step(self, lr: float, clip_norm: float | None = 1.0) -> StepInfo:
@@ -395,12 +407,48 @@ class Model(Protocol):
         *,
         seed: int = 0,
         banned_ids: Sequence[int] | IntArray | None = None,
+        adapter: str | None = None,
     ) -> Decoder:
-        """A decoder with room for ``max_sequences`` sequences of up to ``max_tokens`` tokens each, prompt included."""
+        """A decoder with room for ``max_sequences`` sequences of up to ``max_tokens`` tokens each, prompt included.
+
+        ``adapter`` is as in :meth:`forward`.
+        """
+        ...
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name (see :mod:`ingot.models.adapters`)."""
+        ...
+
+    def add_adapter(
+        self,
+        name: str,
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: str | Sequence[str] = "all-linear",
+        seed: int = 0,
+    ) -> Adapter:
+        """A new LoRA adapter, which changes nothing before it is trained. See :meth:`ingot.models.adapters.Adapted.add_adapter`."""
+        ...
+
+    def merge_adapter(self, name: str) -> None:
+        """Add an adapter to the weights; other adapters, and "off", are a ``RuntimeError`` until it is unmerged."""
+        ...
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged adapter off the weights again."""
+        ...
+
+    def save_adapter(self, name: str, folder: str | Path) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as peft does."""
+        ...
+
+    def load_adapter(self, folder: str | Path, name: str = "default") -> Adapter:
+        """Add an adapter from such a folder."""
         ...
 
     def fork(self) -> Model:
-        """A second model with the weights that this one has now; nothing done to either changes the other.
+        """A second model with the weights and adapters that this one has now; nothing done to either changes the other.
 
         They share the weights' memory until one of them is written to (by a step, by :meth:`load_state`, or by asking a native
         model for :attr:`parameters`), which takes a copy first.
@@ -416,7 +464,7 @@ class Model(Protocol):
         ...
 
     def save(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``: a directory that transformers opens."""
+        """Write ``config.json`` and ``model.safetensors``, the active adapter merged: a directory that transformers opens."""
         ...
 
     def flops_per_token(self, max_length: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ingot import _native
 from ingot.configs import ModelConfig
 from ingot.errors import CheckpointError
+from ingot.models.adapters import Adapted, Adapter
 from ingot.models.base import (
     BoolArray,
     Candidates,
@@ -36,7 +37,35 @@ from ingot.models.packing import check_seed, ids_array
 from ingot.models.tables import check_state, parts_table
 
 
-class NativeModel:
+class NativeAdapter(Adapter):
+    """An adapter of a native model: views of its flat buffers."""
+
+    def __init__(self, core: _native.Model, name: str, rank: int, alpha: float, modules: Sequence[str], index: int):
+        super().__init__(name, rank, alpha, modules)
+        self._core = core
+        self._index = index
+        self._parameters: Mapping[str, FloatArray] = MappingProxyType(core.adapter_parameters(index))
+        self._gradients: Mapping[str, FloatArray] | None = None
+
+    @property
+    def parameters(self) -> Mapping[str, FloatArray]:
+        """Writable views; a write is seen by the next call."""
+        return self._parameters
+
+    @property
+    def gradients(self) -> Mapping[str, FloatArray]:
+        """Writable views, of memory that is made when it is first needed."""
+        if self._gradients is None:
+            self._gradients = MappingProxyType(self._core.adapter_gradients(self._index))
+        return self._gradients
+
+    def _write(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        for name, view in self._parameters.items():
+            view[...] = state[name]
+        self._core.mark_changed()
+
+
+class NativeModel(Adapted):
     """A network on the CPU. See :class:`ingot.models.base.Model` for what its methods do.
 
     Raises
@@ -59,18 +88,22 @@ class NativeModel:
         fields = json.dumps(config.to_dict())
         self._core = _native.Model(fields, seed=seed, level=level, threads=threads, num_values=num_values)
         self._gradients: Mapping[str, FloatArray] | None = None
-        self._optimizer: Optimizer | None = None
+        self._optimizers: dict[str | None, Optimizer] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._active: str | None = None
+        self._merged: str | None = None
+        self._head_deltas: dict[str, FloatArray] = {}
 
     @property
     def optimizer(self) -> Optimizer:
-        """What :meth:`step` uses; AdamW with its defaults unless replaced."""
-        if self._optimizer is None:
-            self._optimizer = NativeOptimizer(self)
-        return self._optimizer
+        """What :meth:`step` uses: that of the active adapter, or of the weights; AdamW with its defaults unless replaced."""
+        if self._active not in self._optimizers:
+            self._optimizers[self._active] = NativeOptimizer(self)
+        return self._optimizers[self._active]
 
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizers[self._active] = optimizer
 
     @property
     def config(self) -> ModelConfig:
@@ -132,6 +165,7 @@ class NativeModel:
         train: bool = True,
         seed: int = 0,
         sequence_ids: LongArray | None = None,
+        adapter: str | None = None,
     ) -> tuple[Context | None, Outputs]:
         """See :meth:`ingot.models.base.Model.forward`."""
         wanted = check_want(want, self.num_values, candidates)
@@ -149,6 +183,7 @@ class NativeModel:
             train=train,
             seed=seed,
             sequence_ids=sequence_ids,
+            adapter=self._index(adapter),
         )
         return context, Outputs(arrays)
 
@@ -192,6 +227,7 @@ class NativeModel:
         train: bool = True,
         seed: int = 0,
         sequence_ids: LongArray | None = None,
+        adapter: str | None = None,
     ) -> float:
         """See :meth:`ingot.models.base.Model.forward_backward`."""
         check_seed(seed)
@@ -205,6 +241,7 @@ class NativeModel:
             train=train,
             seed=seed,
             sequence_ids=sequence_ids,
+            adapter=self._index(adapter),
         )
 
     def zero_grad(self) -> None:
@@ -213,6 +250,7 @@ class NativeModel:
 
     def step(self, lr: float, clip_norm: float | None = 1.0) -> StepInfo:
         """``optimizer.step(lr, clip_norm)``."""
+        self._require_unmerged()
         return self.optimizer.step(lr, clip_norm)
 
     def decoder(
@@ -222,6 +260,7 @@ class NativeModel:
         *,
         seed: int = 0,
         banned_ids: Sequence[int] | IntArray | None = None,
+        adapter: str | None = None,
     ) -> NativeDecoder:
         """See :meth:`ingot.models.base.Model.decoder`."""
         check_seed(seed)
@@ -231,6 +270,7 @@ class NativeModel:
             max_sequences=max_sequences,
             seed=seed,
             banned_ids=ids_array(banned_ids),
+            adapter=self._index(adapter),
         )
         return NativeDecoder(core)
 
@@ -244,7 +284,13 @@ class NativeModel:
         fork._config = self._config
         fork._core = self._core.fork()
         fork._gradients = None
-        fork._optimizer = None
+        fork._optimizers = {}
+        fork._adapters = {
+            name: NativeAdapter(fork._core, name, adapter.rank, adapter.alpha, adapter.modules, adapter._index)
+            for name, adapter in self._adapters.items()
+            if isinstance(adapter, NativeAdapter)
+        }
+        fork._active, fork._merged, fork._head_deltas = self._active, self._merged, self._head_deltas
         return fork
 
     def state(self) -> dict[str, FloatArray]:
@@ -253,6 +299,7 @@ class NativeModel:
 
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; strict."""
+        self._require_unmerged()
         check_state(state, {name: tuple(shape) for name, shape in self._core.table}, "state")
         for name, view in self.parameters.items():
             view[...] = state[name]
@@ -263,8 +310,24 @@ class NativeModel:
         self._core.mark_changed()
 
     def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face directory."""
-        write_folder(folder, self._config, self._core.snapshot())
+        """Write a Hugging Face directory, the active adapter merged."""
+        write_folder(folder, self._config, self._merged_weights(self._core.snapshot()))
+
+    def _make_adapter(self, name: str, rank: int, alpha: float, modules: Sequence[str]) -> NativeAdapter:
+        index = self._core.add_adapter(rank=rank, scale=alpha / rank, modules=list(modules))
+        return NativeAdapter(self._core, name, rank, alpha, modules, index)
+
+    def _add_to_weights(self, deltas: Iterator[tuple[str, FloatArray]]) -> None:
+        views = self.parameters
+        for name, delta in deltas:
+            views[name][...] += delta
+        self.mark_changed()
+
+    def _index(self, adapter: str | None) -> int | None:
+        """The core's number of the adapter that a call goes through."""
+        chosen = self._chosen(adapter)
+        assert chosen is None or isinstance(chosen, NativeAdapter)
+        return None if chosen is None else chosen._index
 
     def flops_per_token(self, max_length: int) -> float:
         """See :meth:`ingot.configs.ModelConfig.flops_per_token`."""
@@ -289,13 +352,19 @@ class NativeOptimizer:
         weight_decay: float = 0.1,
     ) -> None:
         self._model = model._core
-        shapes = {name: tuple(shape) for name, shape in model._core.table}
+        adapter = model._trained()
+        assert adapter is None or isinstance(adapter, NativeAdapter)
+        if adapter is None:
+            shapes = {name: tuple(shape) for name, shape in model._core.table}
+        else:
+            shapes = {name: view.shape for name, view in adapter.parameters.items()}
         self._core = _native.Optimizer(
             model._core,
             groups=assign_groups(shapes, groups or (), weight_decay),
             betas=betas,
             eps=eps,
             eps_mode=eps_mode,
+            adapter=None if adapter is None else adapter._index,
         )
 
     def step(self, lr: float, clip_norm: float | None = 1.0) -> StepInfo:

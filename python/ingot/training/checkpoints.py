@@ -1,7 +1,8 @@
 """checkpoint-N/: everything that an exact resume needs, in a folder that is either whole or refused by name.
 
 ``model.safetensors``, ``config.json`` and the tokenizer make it a Hugging Face directory; ``optimizer.safetensors`` holds the moments,
-``trainer_state.json`` the place in the data and the history; ``manifest.json``, written last, the sha256 of each file.
+``trainer_state.json`` the place in the data and the history; ``manifest.json``, written last, the sha256 of each file. A run that trains
+an adapter has that in ``adapter/``, and merged in ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ingot.durable import (
 from ingot.errors import CheckpointError
 from ingot.models.safetensors_files import write_tensors
 from ingot.training.companions import write_tokenizer_config
+from ingot.training.lora import save_beside
 
 if TYPE_CHECKING:
     from ingot.configs import ModelConfig
@@ -95,6 +97,7 @@ def write_checkpoint(
         temporary.mkdir()
         reached(f"{MODEL_FILE}: before write")
         model.save(temporary)
+        save_beside(model, temporary)
         tokenizer.save(temporary)
         if encoder is not None:
             write_tokenizer_config(temporary, tokenizer, model.config.max_position_embeddings, encoder)
@@ -102,13 +105,15 @@ def write_checkpoint(
         write_tensors(temporary / OPTIMIZER_FILE, model.optimizer.state())
         (temporary / STATE_FILE).write_bytes(_json({"format_version": FORMAT_VERSION, **state}))
         files = {}
-        for path in sorted(temporary.iterdir()):
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             sync_file(path)
-            files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            files[path.relative_to(temporary).as_posix()] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         manifest = {"format_version": FORMAT_VERSION, "versions": dict(versions), "files": files}
         reached(f"{MANIFEST_FILE}: before write")
         (temporary / MANIFEST_FILE).write_bytes(_json(manifest))
         sync_file(temporary / MANIFEST_FILE)
+        for inner in (path for path in temporary.iterdir() if path.is_dir()):
+            sync_folder(inner)
         sync_folder(temporary)
         if target.exists():
             # A torn one of the same step, refused before; a usable one would not be written again.
@@ -171,7 +176,8 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path}: {MANIFEST_FILE} does not list {required}")
     for name, (digest, size) in files.items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        # Nothing but this folder and what lies in its own folders.
+        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(

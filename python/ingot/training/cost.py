@@ -65,18 +65,21 @@ def save_estimate_s(config: ModelConfig) -> float:
     return 0.05 + 12.0 * config.num_parameters / _WRITE_BYTES_PER_S
 
 
-def memory_estimate(config: ModelConfig, batch_tokens: int) -> float:
+def memory_estimate(config: ModelConfig, batch_tokens: int, num_trained: int | None = None) -> float:
     """Bytes for weights, gradients, moments and the activations of one batch, from shapes alone.
+
+    With ``num_trained``, an adapter of so many parameters is trained and the weights below it are not.
 
     Kept per token and layer are the residual stream twice, queries, keys, values, the attention's output and the MLP's inner layer.
     """
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads or 0
     inner = (2 if config.activation == "swiglu" else 1) * (config.intermediate_size or 0)
     kept = 2 * config.hidden_size + (2 * heads + 2 * key_value_heads) * (config.head_dim or 0) + inner
-    return _BASE_BYTES + 16.0 * config.num_parameters + 4.0 * batch_tokens * kept * config.num_hidden_layers
+    trained = 16.0 * config.num_parameters if num_trained is None else 4.0 * config.num_parameters + 16.0 * num_trained
+    return _BASE_BYTES + trained + 4.0 * batch_tokens * kept * config.num_hidden_layers
 
 
-def require_memory(config: ModelConfig, batch_tokens: int, limit: int) -> None:
+def require_memory(config: ModelConfig, batch_tokens: int, limit: int, num_trained: int | None = None) -> None:
     """Refuse a run that cannot fit.
 
     Raises
@@ -84,7 +87,7 @@ def require_memory(config: ModelConfig, batch_tokens: int, limit: int) -> None:
     RunError
         It needs more than ``limit`` bytes.
     """
-    needed = memory_estimate(config, batch_tokens)
+    needed = memory_estimate(config, batch_tokens, num_trained)
     if needed > limit:
         raise RunError(
             f"this run needs about {needed / 1e9:.1f} GB of memory and {limit / 1e9:.1f} GB are there: lower "

@@ -94,6 +94,12 @@ def announce(
         f"network   {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {model.num_parameters:,} parameters; "
         f"{model.backend} backend, level {model.level}, {model.threads} threads"
     )
+    if model.active_adapter is not None:
+        adapter = model.adapters[model.active_adapter]
+        display.say(
+            f"adapter   rank {adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.modules)} linear layers: {adapter.num_parameters:,} "
+            f"parameters are trained ({100 * adapter.num_parameters / model.num_parameters:.2g} %), the others stay as they are"
+        )
     display.say(f"{kind:<10}{data}")
     display.say(f"length    {remaining:,} steps of about {probe.step_tokens:,} tokens ({shape}), {passes:.2f} passes")
     display.say(

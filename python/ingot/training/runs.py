@@ -26,6 +26,7 @@ from ingot.errors import RunError
 from ingot.training.checkpoints import MODEL_FILE
 from ingot.training.companions import write_generation_config, write_tokenizer_config
 from ingot.training.locks import RunLock
+from ingot.training.lora import ADAPTER_FOLDER, save_beside
 from ingot.training.metrics import MetricsLog
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class RunFolder:
         try:
             facts = _read_facts(path)
             remove_unfinished(path)
+            remove_unfinished(path / ADAPTER_FOLDER)
         except BaseException:
             lock.release()
             raise
@@ -144,6 +146,8 @@ class RunFolder:
     def export(self, model: Exported, tokenizer: Tokenizer, card: str, encoder: ChatEncoder | None = None) -> None:
         """Make the top of the folder a Hugging Face directory of this model; each file is replaced in one step, weights last.
 
+        Where an adapter is trained those are merged, and ``adapter/`` holds it alone.
+
         Raises
         ------
         OSError
@@ -157,6 +161,7 @@ class RunFolder:
             write_generation_config(folder, tokenizer, encoder)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
+        save_beside(model, self.path)
         self._publish(write, last=MODEL_FILE)
 
     def _publish(self, write: Callable[[Path], None], last: str) -> None:

@@ -32,6 +32,7 @@ from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, require_memory
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Demonstrations, Rows, prepare_demonstrations
+from ingot.training.lora import attach_adapter, num_trained
 from ingot.training.progress import Display, make_display
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
@@ -76,6 +77,7 @@ def sft(
     if dry_run:
         demonstrations = prepare_demonstrations(config, None, shape, rows, display)
         model = _make_model(config, demonstrations, None)
+        attach_adapter(config, model, {})
         _decide(config, demonstrations, model, {}, 0, display)
         return TrainingResult([], model, demonstrations.tokenizer, Path(config.output), None, None)
     with RunFolder.create(config.output, "sft", config.to_dict()) as folder:
@@ -125,7 +127,9 @@ def _train(
         demonstrations = prepare_demonstrations(config, folder, shape, rows, display)
         folder.facts["data"] = demonstrations.facts
         checkpoint = newest_usable(folder.path, display.say)
-        model = _make_model(config, demonstrations, shape if checkpoint else None)
+        # An adapter's checkpoint lacks the weights below it.
+        model = _make_model(config, demonstrations, shape if checkpoint and not config.lora_rank else None)
+        attach_adapter(config, model, folder.facts)
         folder.facts["model_config"] = model.config.to_dict()
         state = saved_state(folder, checkpoint)
         known = folder.facts.get("decisions", {})
@@ -165,12 +169,14 @@ def _make_model(config: SFTConfig, demonstrations: Demonstrations, known: ModelC
             f"{config.model}: the tokenizer has {num_known} tokens but the model only {shape.vocab_size}: they do not belong together"
         )
     shape = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, num_ids), dropout=config.dropout)
-    require_memory(shape, demonstrations.pack_length, memory_limit())
+    require_memory(shape, demonstrations.pack_length, memory_limit(), num_trained(config, shape))
     base = load_model(config.model, **config.place)
     if base.config == shape and num_ids == num_known:
         return base
     model = Model(shape, seed=config.seed, **config.place)
-    model.load_state(grow_vocabulary(base.state(), num_known=num_known, num_ids=num_ids, seed=config.seed))
+    frozen = bool(config.lora_rank)
+    state = grow_vocabulary(base.state(), num_known=num_known, num_ids=num_ids, seed=config.seed, frozen=frozen)
+    model.load_state(state)
     return model
 
 

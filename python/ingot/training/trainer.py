@@ -23,10 +23,11 @@ from ingot.reporting.charts import draw_curves
 from ingot.training.alarms import Alarms, Rule
 from ingot.training.callbacks import Callback, RunView
 from ingot.training.card import versions, write_card
-from ingot.training.checkpoints import prune, read_optimizer, read_state, read_weights, write_checkpoint
+from ingot.training.checkpoints import prune, read_optimizer, read_state, write_checkpoint
 from ingot.training.cost import Cost, Probe, timed
 from ingot.training.decisions import Decisions
 from ingot.training.interruption import Interruption
+from ingot.training.lora import load_trained_state, read_trained, trained_state
 from ingot.training.pace import Pace
 from ingot.training.progress import Display
 from ingot.training.runs import CARD_FILE, RunFolder
@@ -138,7 +139,7 @@ def begin(
     else:
         model.optimizer = make_optimizer(config, model)
         if checkpoint is not None:
-            model.load_state(read_weights(checkpoint))
+            load_trained_state(model, read_trained(model, checkpoint))
             model.optimizer.load_state(read_optimizer(checkpoint))
     if checkpoint is not None:
         display.say(f"resumed from {checkpoint}")
@@ -191,9 +192,9 @@ def measure(
     """
     # A length fitted to the time deserves a better measurement than an estimate for the eye.
     seconds = 0.2 if config.max_time is None else min(10.0, max(1.0, 0.01 * parse_duration(config.max_time)))
-    before = model.state()
+    before = trained_state(model)
     step_s = timed(step, seconds)
-    model.load_state(before)
+    load_trained_state(model, before)
     return Probe(step_s, step_tokens, 0.0 if evaluate is None else timed(evaluate, 0.05), evaluation_batches)
 
 

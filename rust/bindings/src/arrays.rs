@@ -166,44 +166,33 @@ impl LentBuffer {
 ///
 /// # Safety
 /// The buffers must stay where they are, and of their length, as long as the object lives.
-pub unsafe trait Lender {
-    /// Names and places of the tensors in each of the buffers.
-    fn tensors(&self) -> &[Parameter];
-}
+pub unsafe trait Lender {}
 
-// SAFETY: gradients live in the model, which is dropped with this object and never replaced; the model never moves them,
-// nor frees them once made.
-unsafe impl Lender for NativeModel {
-    fn tensors(&self) -> &[Parameter] {
-        NativeModel::tensors(self)
-    }
-}
+// SAFETY: gradients, and all that adapters have, live in the model, which is dropped with this object and never replaced;
+// the model never moves them, nor frees them once made.
+unsafe impl Lender for NativeModel {}
 
 // SAFETY: the object keeps the model alive, and either a handle of the parameters' buffer, or the mark that they are lent:
 // a model forks into shared memory only where that mark is missing, and moves only parameters that are shared.
-unsafe impl Lender for ParameterViews {
-    fn tensors(&self) -> &[Parameter] {
-        ParameterViews::tensors(self)
-    }
-}
+unsafe impl Lender for ParameterViews {}
 
 // SAFETY: the moments live in the optimizer, which is dropped with this object, never replaced, and never moves them.
-unsafe impl Lender for NativeOptimizer {
-    fn tensors(&self) -> &[Parameter] {
-        NativeOptimizer::tensors(self)
-    }
-}
+unsafe impl Lender for NativeOptimizer {}
 
 /// Views of all tensors of one of the owner's buffers by name: without a copy, each keeping the owner alive.
 ///
 /// Memory is shared with Rust, which reads and writes it during calls on the owner alone. A program that writes to a view
 /// while another of its threads runs such a call gets numbers from before or after its write, as from two numpy calls.
-pub fn views<'py, T>(owner: &Bound<'py, T>, buffer: LentBuffer) -> PyResult<Bound<'py, PyDict>>
+pub fn views<'py, T>(
+    owner: &Bound<'py, T>,
+    tensors: &[Parameter],
+    buffer: LentBuffer,
+) -> PyResult<Bound<'py, PyDict>>
 where
     T: Lender + PyClass<Frozen = True> + Sync,
 {
     let views = PyDict::new(owner.py());
-    for tensor in owner.get().tensors() {
+    for tensor in tensors {
         assert!(
             tensor.range().end <= buffer.len,
             "{} lies outside of its buffer",

@@ -29,7 +29,7 @@ pub struct NativeDecoder {
 #[pymethods]
 impl NativeDecoder {
     #[new]
-    #[pyo3(signature = (model, *, max_tokens, max_sequences, seed, banned_ids))]
+    #[pyo3(signature = (model, *, max_tokens, max_sequences, seed, banned_ids, adapter))]
     fn new(
         py: Python<'_>,
         model: Py<NativeModel>,
@@ -37,6 +37,7 @@ impl NativeDecoder {
         max_sequences: usize,
         seed: u64,
         banned_ids: &Bound<'_, PyAny>,
+        adapter: Option<usize>,
     ) -> PyResult<Self> {
         let banned_ids = borrow("banned_ids", banned_ids, &[Size::Any("B")])?;
         let options = DecoderOptions {
@@ -44,6 +45,7 @@ impl NativeDecoder {
             max_sequences,
             seed,
             banned_ids: elements(&banned_ids)?,
+            adapter,
         };
         let decoder = model
             .get()

@@ -37,7 +37,7 @@ pub struct NativeModel {
 /// What views of the parameters keep alive.
 #[pyclass(frozen, module = "ingot._native")]
 pub struct ParameterViews {
-    model: Py<NativeModel>,
+    _model: Py<NativeModel>,
     _hold: Hold,
 }
 
@@ -47,13 +47,6 @@ enum Hold {
     Lent(#[allow(dead_code, reason = "counted")] Arc<()>),
     /// A handle of the buffer: a write to the model meanwhile takes a copy and leaves it as it is.
     Shared(#[allow(dead_code, reason = "kept alive")] Arc<Buffer>),
-}
-
-impl ParameterViews {
-    /// Names and places of the parameters.
-    pub fn tensors(&self) -> &[Parameter] {
-        self.model.get().tensors()
-    }
 }
 
 /// See `ingot.models.base.Context`.
@@ -219,7 +212,50 @@ impl NativeModel {
             })?;
             *this.gradients.get_or_init(|| lent)
         };
-        views(slf, lent)
+        views(slf, &this.table, lent)
+    }
+
+    /// Adds an adapter for some modules and returns its number.
+    #[pyo3(signature = (*, rank, scale, modules))]
+    fn add_adapter(
+        &self,
+        py: Python<'_>,
+        rank: usize,
+        scale: f32,
+        modules: Vec<String>,
+    ) -> PyResult<usize> {
+        self.with(py, |model| model.add_adapter(rank, scale, &modules))
+    }
+
+    /// Writable views of an adapter's parameters by name.
+    fn adapter_parameters<'py>(
+        slf: &Bound<'py, Self>,
+        adapter: usize,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let (table, place) = slf
+            .get()
+            .with(slf.py(), |model| -> Result<_, NativeError> {
+                let table = model.table_of(Some(adapter))?.to_vec();
+                Ok((
+                    table,
+                    LentBuffer::of(model.adapter_parameters_mut(adapter)?),
+                ))
+            })?;
+        views(slf, &table, place)
+    }
+
+    /// Writable views of an adapter's gradients by name; zeros where there were none yet.
+    fn adapter_gradients<'py>(
+        slf: &Bound<'py, Self>,
+        adapter: usize,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let (table, place) = slf
+            .get()
+            .with(slf.py(), |model| -> Result<_, NativeError> {
+                let table = model.table_of(Some(adapter))?.to_vec();
+                Ok((table, LentBuffer::of(model.adapter_gradients_mut(adapter)?)))
+            })?;
+        views(slf, &table, place)
     }
 
     /// To be called after the parameters were written through views, where contexts and decoders made before are to be
@@ -234,7 +270,7 @@ impl NativeModel {
     /// Outputs by name, and the context where `train`.
     #[pyo3(signature = (
         tokens, offsets, targets, *, want, value_rows, hidden_rows, candidates, temperature, banned_ids, train, seed,
-        sequence_ids
+        sequence_ids, adapter
     ))]
     fn forward<'py>(
         &self,
@@ -251,6 +287,7 @@ impl NativeModel {
         train: bool,
         seed: u64,
         sequence_ids: Option<&Bound<'py, PyAny>>,
+        adapter: Option<usize>,
     ) -> PyResult<(Option<NativeContext>, Bound<'py, PyDict>)> {
         let batch = BorrowedBatch::new(tokens, offsets, targets, sequence_ids)?;
         let batch = batch.batch()?;
@@ -280,6 +317,7 @@ impl NativeModel {
             banned_ids: elements(&banned_ids)?,
             train,
             seed,
+            adapter,
         };
         let (context, outputs) = enter(py, || -> Result<_, NativeError> {
             Ok(lock(&self.model, "model")?.forward(&batch, &options)?)
@@ -352,7 +390,7 @@ impl NativeModel {
 
     /// The sum of `weights * -logprobs`; adds its gradient.
     #[pyo3(signature = (
-        tokens, offsets, targets, weights, *, temperature, banned_ids, train, seed, sequence_ids
+        tokens, offsets, targets, weights, *, temperature, banned_ids, train, seed, sequence_ids, adapter
     ))]
     fn forward_backward<'py>(
         &self,
@@ -366,6 +404,7 @@ impl NativeModel {
         train: bool,
         seed: u64,
         sequence_ids: Option<&Bound<'py, PyAny>>,
+        adapter: Option<usize>,
     ) -> PyResult<f64> {
         let batch = BorrowedBatch::new(tokens, offsets, targets, sequence_ids)?;
         let batch = batch.batch()?;
@@ -380,6 +419,7 @@ impl NativeModel {
             banned_ids,
             train,
             seed,
+            adapter,
             ..ForwardOptions::default()
         };
         enter(py, || -> Result<_, NativeError> {
@@ -411,11 +451,6 @@ impl NativeModel {
         })
     }
 
-    /// Names and places of the parameters.
-    pub fn tensors(&self) -> &[Parameter] {
-        &self.table
-    }
-
     /// Views of the parameters in the place that `take` finds, with what holds it there.
     fn parameter_views<'py>(
         slf: &Bound<'py, Self>,
@@ -426,10 +461,10 @@ impl NativeModel {
             .get()
             .with(py, |model| Ok::<_, NativeError>(take(model)))?;
         let owner = ParameterViews {
-            model: slf.clone().unbind(),
+            _model: slf.clone().unbind(),
             _hold: hold,
         };
-        views(&Bound::new(py, owner)?, place)
+        views(&Bound::new(py, owner)?, &slf.get().table, place)
     }
 
     fn of(model: Model) -> Self {
@@ -460,11 +495,13 @@ impl NativeModel {
         let Some(slice) = optional_elements(array)? else {
             return Ok(None);
         };
-        let parameters = lock(&self.model, "model")
-            .map(|model| LentBuffer::read_only(model.parameters()))
+        let is_own = lock(&self.model, "model")
+            .map(|model| {
+                let mut own = model.buffers().map(LentBuffer::read_only);
+                own.any(|buffer| buffer.overlaps(slice))
+            })
             .map_err(|error| error.into_python(py))?;
-        let gradients = self.gradients.get().copied();
-        if parameters.overlaps(slice) || gradients.is_some_and(|lent| lent.overlaps(slice)) {
+        if is_own {
             let message = format!(
                 "{name}: is a view of the model's own memory, which this call writes to: pass a copy"
             );

@@ -25,7 +25,7 @@ pub struct NativeOptimizer {
 impl NativeOptimizer {
     /// `groups` are (names, factor of the learning rate, weight decay).
     #[new]
-    #[pyo3(signature = (model, *, groups, betas, eps, eps_mode))]
+    #[pyo3(signature = (model, *, groups, betas, eps, eps_mode, adapter))]
     fn new(
         py: Python<'_>,
         model: &NativeModel,
@@ -33,6 +33,7 @@ impl NativeOptimizer {
         betas: (f64, f64),
         eps: f64,
         eps_mode: &str,
+        adapter: Option<usize>,
     ) -> PyResult<Self> {
         let eps_mode = match eps_mode {
             "torch" => EpsMode::Torch,
@@ -58,13 +59,16 @@ impl NativeOptimizer {
             eps,
             eps_mode,
         };
-        let mut optimizer = model.with(py, |model| Optimizer::new(model, &groups, options))?;
+        let (mut optimizer, table) = model.with(py, |model| -> Result<_, NativeError> {
+            let optimizer = Optimizer::of(model, adapter, &groups, options)?;
+            Ok((optimizer, model.table_of(adapter)?.to_vec()))
+        })?;
         let (first, second) = optimizer.moments_mut();
         Ok(Self {
             first_moments: LentBuffer::of(first),
             second_moments: LentBuffer::of(second),
             optimizer: Mutex::new(optimizer),
-            table: model.tensors().to_vec(),
+            table,
         })
     }
 
@@ -87,8 +91,8 @@ impl NativeOptimizer {
     fn moments<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyDict>, Bound<'py, PyDict>)> {
         let this = slf.get();
         Ok((
-            views(slf, this.first_moments)?,
-            views(slf, this.second_moments)?,
+            views(slf, &this.table, this.first_moments)?,
+            views(slf, &this.table, this.second_moments)?,
         ))
     }
 
@@ -104,12 +108,5 @@ impl NativeOptimizer {
             lock(&self.optimizer, "optimizer")?.set_steps_taken(steps);
             Ok::<_, NativeError>(())
         })
-    }
-}
-
-impl NativeOptimizer {
-    /// Names and places of the parameters whose moments these are.
-    pub fn tensors(&self) -> &[Parameter] {
-        &self.table
     }
 }

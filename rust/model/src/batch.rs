@@ -91,6 +91,8 @@ pub struct ForwardOptions<'a> {
     pub train: bool,
     /// Seed of the dropout masks.
     pub seed: u64,
+    /// The adapter that the pass goes through, whose gradients its backward pass adds to; none for the model as it is.
+    pub adapter: Option<usize>,
 }
 
 impl Default for ForwardOptions<'_> {
@@ -104,6 +106,7 @@ impl Default for ForwardOptions<'_> {
             banned_ids: &[],
             train: true,
             seed: 0,
+            adapter: None,
         }
     }
 }

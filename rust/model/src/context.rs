@@ -14,6 +14,8 @@ pub struct Context {
     pub(crate) model: u64,
     /// Version of the model's parameters at that time.
     pub(crate) version: u64,
+    /// The adapter that the pass went through.
+    pub(crate) adapter: Option<usize>,
     pub(crate) spent: bool,
     pub(crate) packing: Packing,
     pub(crate) head: HeadOptions,

@@ -32,6 +32,8 @@ pub struct DecoderOptions<'a> {
     pub seed: u64,
     /// Ids that are never drawn.
     pub banned_ids: &'a [i32],
+    /// The adapter that all passes go through; none for the model as it is.
+    pub adapter: Option<usize>,
 }
 
 /// One token for each active slot, slots ascending.
@@ -79,6 +81,7 @@ struct Draw<'a> {
 pub struct Decoder {
     model: u64,
     version: u64,
+    adapter: Option<usize>,
     max_tokens: usize,
     seed: u64,
     banned_ids: Vec<i32>,
@@ -113,6 +116,7 @@ impl Decoder {
         Ok(Self {
             model: model.id(),
             version: model.version(),
+            adapter: model.check_adapter(options.adapter)?,
             max_tokens: options.max_tokens,
             seed: options.seed,
             banned_ids: check_banned(options.banned_ids, config.vocab_size)?,
@@ -361,7 +365,8 @@ impl Decoder {
     /// The blocks on the rows of some segments, slots ascending: stores their keys and values, and copies the rows that
     /// are a sequence's last to `last`.
     fn run_blocks(&mut self, model: &Model, segments: &[Segment], last: &mut [f32]) {
-        let (compute, parameters, layout) = (model.compute(), model.parameters(), model.layout());
+        let (compute, weights, layout) =
+            (model.compute(), model.weights(self.adapter), model.layout());
         let (kernels, pool) = (&compute.kernels, &compute.pool);
         let (d, first) = (model.config().hidden_size, &layout.blocks[0]);
         let mut tokens = Vec::new();
@@ -394,12 +399,12 @@ impl Decoder {
         let mut active = lease(first.mlp.width);
         layout
             .embedding
-            .forward(compute, parameters, &tokens, &positions, None, &mut x);
+            .forward(compute, weights.base, &tokens, &positions, None, &mut x);
         for block in &layout.blocks {
             let rotary = rotary.as_deref();
             block.attention_input(
                 compute,
-                parameters,
+                weights,
                 rotary,
                 &positions,
                 &x,
@@ -426,11 +431,11 @@ impl Decoder {
                 .collect();
             let out = MatMut::new(&mut attended, num_rows, block.attention.query_width());
             kernels.attention_decode(pool, &block.attention.shape(), &sequences, queries, out);
-            block.attention_output(compute, parameters, &attended, &mut x);
+            block.attention_output(compute, weights, &attended, &mut x);
             block
                 .mlp_norm
-                .forward(compute, parameters, &x, &mut normed, None);
-            block.mlp_output(compute, parameters, &normed, &mut pre, &mut active, &mut x);
+                .forward(compute, weights.base, &x, &mut normed, None);
+            block.mlp_output(compute, weights, &normed, &mut pre, &mut active, &mut x);
         }
         let mut end = 0;
         for segment in segments {
@@ -479,7 +484,8 @@ impl Decoder {
         choices: &[Option<i32>],
         x: &[f32],
     ) -> Result<DecodeStep, ModelError> {
-        let (compute, parameters, layout) = (model.compute(), model.parameters(), model.layout());
+        let (compute, weights, layout) =
+            (model.compute(), model.weights(self.adapter), model.layout());
         let (d, vocab_size) = (model.config().hidden_size, model.config().vocab_size);
         let rows_at_once = slots.len().min(rows_per_chunk(vocab_size, d));
         let mut normed = model.arenas().lease(rows_at_once * d);
@@ -492,10 +498,10 @@ impl Decoder {
             let num_rows = slots.len();
             layout
                 .final_norm
-                .forward(compute, parameters, x, &mut normed[..num_rows * d], None);
+                .forward(compute, weights.base, x, &mut normed[..num_rows * d], None);
             let normed = Mat::new(&normed[..num_rows * d], num_rows, d);
             let out = MatMut::new(&mut logits[..num_rows * vocab_size], num_rows, vocab_size);
-            layout.head.forward(compute, parameters, normed, out, false);
+            layout.head.forward(compute, weights, normed, out, false);
             let mut draws: Vec<Draw<'_>> = slots
                 .iter()
                 .filter_map(|&index| self.slots[index].as_ref().map(|slot| (index, slot)))
@@ -597,6 +603,7 @@ mod tests {
             max_sequences: 4,
             seed: 5,
             banned_ids: &[3],
+            adapter: None,
         };
         Decoder::new(model, &options).unwrap()
     }
@@ -683,6 +690,7 @@ mod tests {
             max_sequences: 3,
             seed: 0,
             banned_ids: &[3],
+            adapter: None,
         };
         let mut decoder = Decoder::new(&model, &options).unwrap();
         let sampling = Sampling {

@@ -7,8 +7,9 @@
 use ingot_kernels::head::{RowGradients, RowStatistics};
 use ingot_kernels::{ArenaPool, Lease, Mat, MatMut};
 
+use crate::adapter::{Gradients, Weights};
 use crate::batch::{HeadOptions, OutputGradients, Outputs, Packing};
-use crate::layers::{Compute, NormScratch, ROWS_PER_ITEM, RowMoments};
+use crate::layers::{Compute, Linear, NormScratch, ROWS_PER_ITEM, RowMoments};
 use crate::parameters::Layout;
 
 /// Most floats of a chunk of logits (16 MiB), unless the vocabulary's matrix is so large that the chunk is small beside it.
@@ -40,7 +41,7 @@ pub(crate) fn rows_per_chunk(vocab_size: usize, hidden_size: usize) -> usize {
 /// The head of one pass: what it reads and where it works.
 pub(crate) struct Head<'a> {
     pub(crate) compute: &'a Compute,
-    pub(crate) parameters: &'a [f32],
+    pub(crate) weights: Weights<'a>,
     pub(crate) layout: &'a Layout,
 }
 
@@ -82,6 +83,15 @@ impl Head<'_> {
 
     fn vocab_size(&self) -> usize {
         self.layout.head.outputs
+    }
+
+    /// The scalar heads with the buffer that they lie in: the adapter's, where the pass goes through one.
+    fn score(&self) -> Option<(&Linear, Weights<'_>)> {
+        let (score, buffer) = match self.weights.adapter {
+            Some((places, parameters)) => (&places.score, parameters),
+            None => (&self.layout.score, self.weights.base),
+        };
+        Some((score.as_ref()?, Weights::plain(buffer)))
     }
 
     fn scratch(
@@ -132,7 +142,7 @@ impl Head<'_> {
                     gathered.copy_from_slice(&x[row * d..(row + 1) * d]);
                     *moments = self.layout.final_norm.forward_row(
                         self.compute,
-                        self.parameters,
+                        self.weights.base,
                         gathered,
                         normed,
                     );
@@ -144,7 +154,7 @@ impl Head<'_> {
     /// Adds the gradient of the gathered rows, from that of their norm, to the chosen rows of `d_x` `[N, d]`.
     fn scatter_gradient(
         &self,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         rows: &[usize],
         d_x: &mut [f32],
         scratch: &mut Scratch,
@@ -153,8 +163,8 @@ impl Head<'_> {
         let d_rows = pick_rows(d_x, d, rows);
         self.layout.final_norm.backward_rows(
             self.compute,
-            self.parameters,
-            gradients,
+            self.weights.base,
+            gradients.base(),
             &scratch.gathered[..count * d],
             &scratch.moments[..count],
             &scratch.d_normed[..count * d],
@@ -172,7 +182,7 @@ impl Head<'_> {
         let logits = MatMut::new(logits, count, self.vocab_size());
         self.layout
             .head
-            .forward(self.compute, self.parameters, normed, logits, false);
+            .forward(self.compute, self.weights, normed, logits, false);
     }
 
     /// Calls `f` for each row of logits, with the banned ids masked and the statistics taken.
@@ -284,7 +294,7 @@ impl Head<'_> {
         num_rows: usize,
         x: &[f32],
     ) -> Vec<f32> {
-        let Some(score) = &self.layout.score else {
+        let Some((score, weights)) = self.score() else {
             return Vec::new();
         };
         let (d, k) = (self.width(), score.outputs);
@@ -296,7 +306,7 @@ impl Head<'_> {
             self.gather(x, rows, &mut scratch);
             let normed = Mat::new(&scratch.normed[..count * d], count, d);
             let out = MatMut::new(&mut chunk_values[..count * k], count, k);
-            score.forward(self.compute, self.parameters, normed, out, false);
+            score.forward(self.compute, weights, normed, out, false);
             for (&row, value) in rows.iter().zip(chunk_values.chunks_exact(k)) {
                 values[row * k..(row + 1) * k].copy_from_slice(value);
             }
@@ -320,7 +330,7 @@ impl Head<'_> {
                     let x = &x[row * d..(row + 1) * d];
                     self.layout
                         .final_norm
-                        .forward_row(self.compute, self.parameters, x, hidden);
+                        .forward_row(self.compute, self.weights.base, x, hidden);
                 }
             });
         hidden
@@ -331,7 +341,7 @@ impl Head<'_> {
     pub(crate) fn backward(
         &self,
         arenas: &ArenaPool,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         options: &HeadOptions,
         d: &OutputGradients<'_>,
         x: &[f32],
@@ -364,7 +374,7 @@ impl Head<'_> {
     pub(crate) fn forward_backward(
         &self,
         arenas: &ArenaPool,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         options: &HeadOptions,
         weights: &[f32],
         x: &[f32],
@@ -389,7 +399,7 @@ impl Head<'_> {
     fn backward_logits(
         &self,
         arenas: &ArenaPool,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         options: &HeadOptions,
         d_candidates: &[f32],
         x: &[f32],
@@ -450,17 +460,14 @@ impl Head<'_> {
             );
             let d_logits = Mat::new(&scratch.logits[..count * vocab_size], count, vocab_size);
             let normed = Mat::new(&scratch.normed[..count * width], count, width);
+            let (compute, weights) = (self.compute, self.weights);
             self.layout
                 .head
-                .backward_weight(self.compute, gradients, d_logits, normed);
+                .backward_weight(compute, weights, gradients, d_logits, normed);
             let d_normed = MatMut::new(&mut scratch.d_normed[..count * width], count, width);
-            self.layout.head.backward_input(
-                self.compute,
-                self.parameters,
-                d_logits,
-                d_normed,
-                false,
-            );
+            self.layout
+                .head
+                .backward_input(self.compute, self.weights, d_logits, d_normed, false);
             self.scatter_gradient(gradients, rows, d_x, &mut scratch);
         }
         logprobs.into_iter()
@@ -469,13 +476,13 @@ impl Head<'_> {
     fn backward_values(
         &self,
         arenas: &ArenaPool,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         options: &HeadOptions,
         d_values: &[f32],
         x: &[f32],
         d_x: &mut [f32],
     ) {
-        let Some(score) = &self.layout.score else {
+        let Some((score, weights)) = self.score() else {
             return;
         };
         let (d, k) = (self.width(), score.outputs);
@@ -489,9 +496,12 @@ impl Head<'_> {
             self.gather(x, rows, &mut scratch);
             let d_value = Mat::new(&chunk_gradients[..count * k], count, k);
             let normed = Mat::new(&scratch.normed[..count * d], count, d);
-            score.backward_weight(self.compute, gradients, d_value, normed);
+            // The heads are trained with an adapter, which has its own: a plain layer of its buffers.
+            let (Gradients::Base(flat) | Gradients::Adapter(_, flat)) = &mut *gradients;
+            let mut own = Gradients::Base(flat);
+            score.backward_weight(self.compute, weights, &mut own, d_value, normed);
             let d_normed = MatMut::new(&mut scratch.d_normed[..count * d], count, d);
-            score.backward_input(self.compute, self.parameters, d_value, d_normed, false);
+            score.backward_input(self.compute, weights, d_value, d_normed, false);
             self.scatter_gradient(gradients, rows, d_x, &mut scratch);
         }
     }
@@ -499,7 +509,7 @@ impl Head<'_> {
     fn backward_hidden(
         &self,
         arenas: &ArenaPool,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         options: &HeadOptions,
         d_hidden: &[f32],
         x: &[f32],

@@ -10,6 +10,7 @@
 //! nor on the order in it, nor on the number of threads.
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod batch;
 mod config;
 mod context;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ingot_kernels::{ArenaPool, Buffer, Kernels, Lease, Level, Pool};
 
+use crate::adapter::{Adapter, Gradients, Weights};
 use crate::batch::{Batch, ForwardOptions, HeadOptions, OutputGradients, Outputs, Packing};
 use crate::context::Context;
 use crate::head::Head;
@@ -42,6 +43,7 @@ pub struct Model {
     /// Shared with other models until one of them writes to it, which makes a copy first.
     parameters: Arc<Buffer>,
     gradients: Option<Buffer>,
+    adapters: Vec<Adapter>,
     compute: Arc<Compute>,
     arenas: ArenaPool,
     /// Grows to the longest sequence seen.
@@ -87,6 +89,7 @@ impl Model {
             layout,
             parameters: Arc::new(parameters),
             gradients: None,
+            adapters: Vec::new(),
             compute: Arc::new(compute),
             arenas: ArenaPool::new(),
             rotary: Mutex::new(None),
@@ -105,6 +108,7 @@ impl Model {
             layout: self.layout.clone(),
             parameters: Arc::clone(&self.parameters),
             gradients: None,
+            adapters: self.adapters.iter().map(Adapter::copy).collect(),
             compute: Arc::clone(&self.compute),
             arenas: self.arenas.clone(),
             rotary: Mutex::new(None),
@@ -169,9 +173,110 @@ impl Model {
         gradients_or_zeros(&mut self.gradients, self.layout.len)
     }
 
-    /// Sets all gradients to 0.
+    /// Adds an adapter of low rank and returns its number: `scale` B A on top of each of `modules`, which are names of
+    /// weights without `.weight`. A and B are zeros, the scalar heads copies of the model's.
+    ///
+    /// # Errors
+    /// If the rank is 0 or a module is none.
+    pub fn add_adapter(
+        &mut self,
+        rank: usize,
+        scale: f32,
+        modules: &[String],
+    ) -> Result<usize, ModelError> {
+        let adapter = Adapter::new(&self.layout, &self.parameters, rank, scale, modules)?;
+        self.adapters.push(adapter);
+        Ok(self.adapters.len() - 1)
+    }
+
+    /// Number of adapters; they count from 0.
+    pub fn num_adapters(&self) -> usize {
+        self.adapters.len()
+    }
+
+    /// All tensors of the model, or of one of its adapters, in the order of their flat buffers.
+    ///
+    /// # Errors
+    /// If there is no such adapter.
+    pub fn table_of(&self, adapter: Option<usize>) -> Result<&[Parameter], ModelError> {
+        Ok(match self.check_adapter(adapter)? {
+            None => &self.layout.table,
+            Some(i) => &self.adapters[i].table,
+        })
+    }
+
+    /// The flat buffer of an adapter's parameters for writing: contexts and decoders made before are stale from here on.
+    /// It never moves.
+    ///
+    /// # Errors
+    /// If there is no such adapter.
+    pub fn adapter_parameters_mut(&mut self, adapter: usize) -> Result<&mut [f32], ModelError> {
+        self.check_adapter(Some(adapter))?;
+        self.version += 1;
+        Ok(&mut self.adapters[adapter].parameters)
+    }
+
+    /// The flat buffer of an adapter's gradients; made, with zeros, where there is none yet. It never moves after that.
+    ///
+    /// # Errors
+    /// If there is no such adapter.
+    pub fn adapter_gradients_mut(&mut self, adapter: usize) -> Result<&mut [f32], ModelError> {
+        self.check_adapter(Some(adapter))?;
+        let adapter = &mut self.adapters[adapter];
+        Ok(gradients_or_zeros(
+            &mut adapter.gradients,
+            adapter.parameters.len(),
+        ))
+    }
+
+    /// All flat buffers that exist: parameters and gradients of the model and of its adapters.
+    pub fn buffers(&self) -> impl Iterator<Item = &[f32]> {
+        let own = [Some(&*self.parameters), self.gradients.as_ref()];
+        let adapters = self.adapters.iter();
+        let adapters =
+            adapters.flat_map(|adapter| [Some(&adapter.parameters), adapter.gradients.as_ref()]);
+        own.into_iter()
+            .chain(adapters)
+            .flatten()
+            .map(|buffer| &**buffer)
+    }
+
+    /// The gradients of the model, or of one of its adapters, once there are some.
+    pub(crate) fn gradients_of(&self, adapter: Option<usize>) -> Option<&[f32]> {
+        match adapter {
+            None => self.gradients.as_deref(),
+            Some(i) => self.adapters.get(i)?.gradients.as_deref(),
+        }
+    }
+
+    pub(crate) fn check_adapter(
+        &self,
+        adapter: Option<usize>,
+    ) -> Result<Option<usize>, ModelError> {
+        match adapter {
+            Some(i) if i >= self.adapters.len() => {
+                let message = format!("is {i}, but the model has {}", self.adapters.len());
+                Err(ModelError::argument("adapter", message))
+            }
+            _ => Ok(adapter),
+        }
+    }
+
+    /// What a pass through an adapter (or none) reads.
+    pub(crate) fn weights(&self, adapter: Option<usize>) -> Weights<'_> {
+        Weights {
+            base: &self.parameters,
+            adapter: adapter
+                .and_then(|i| self.adapters.get(i))
+                .map(|adapter| (&adapter.places, &*adapter.parameters)),
+        }
+    }
+
+    /// Sets all gradients to 0, those of adapters too.
     pub fn zero_grad(&mut self) {
-        if let Some(gradients) = &mut self.gradients {
+        let own = self.gradients.iter_mut();
+        let adapters = self.adapters.iter_mut();
+        for gradients in own.chain(adapters.filter_map(|adapter| adapter.gradients.as_mut())) {
             let pieces = gradients.chunks_mut(ZERO_PIECE).collect();
             self.compute
                 .pool
@@ -206,9 +311,11 @@ impl Model {
     ) -> Result<(Option<Context>, Outputs), ModelError> {
         let packing = Packing::new(batch, &self.config)?;
         let head_options = HeadOptions::new(options, &packing, &self.config, self.num_values)?;
+        let adapter = self.check_adapter(options.adapter)?;
         if options.train {
-            let context = self.run_blocks(packing, head_options, self.dropout_seed(options));
-            let outputs = self.head().forward(
+            let context =
+                self.run_blocks(packing, head_options, adapter, self.dropout_seed(options));
+            let outputs = self.head(adapter).forward(
                 &self.arenas,
                 &context.packing,
                 &context.head,
@@ -217,11 +324,11 @@ impl Model {
             return Ok((Some(context), outputs));
         }
         let rotary = self.rotary_table(packing.longest);
-        let pass = self.pass(&packing, rotary.as_deref(), None);
+        let pass = self.pass(&packing, adapter, rotary.as_deref(), None);
         let output = self.run_blocks_in_place(&pass, &packing.tokens);
         Ok((
             None,
-            self.head()
+            self.head(adapter)
                 .forward(&self.arenas, &packing, &head_options, &output),
         ))
     }
@@ -247,11 +354,10 @@ impl Model {
         }
         self.check_gradients(context, gradients)?;
         let mut d_x = self.arenas.lease(context.output.len());
-        gradients_or_zeros(&mut self.gradients, self.layout.len);
-        let (head, arenas, flat) = self.split();
+        let (head, arenas, mut flat) = self.split(context.adapter);
         head.backward(
             arenas,
-            flat,
+            &mut flat,
             &context.head,
             gradients,
             &context.output,
@@ -292,13 +398,14 @@ impl Model {
             &self.config,
             self.num_values,
         )?;
-        let mut context = self.run_blocks(packing, head_options, self.dropout_seed(options));
+        let adapter = self.check_adapter(options.adapter)?;
+        let mut context =
+            self.run_blocks(packing, head_options, adapter, self.dropout_seed(options));
         let mut d_x = self.arenas.lease(context.output.len());
-        gradients_or_zeros(&mut self.gradients, self.layout.len);
-        let (head, arenas, flat) = self.split();
+        let (head, arenas, mut flat) = self.split(adapter);
         let loss = head.forward_backward(
             arenas,
-            flat,
+            &mut flat,
             &context.head,
             weights,
             &context.output,
@@ -308,8 +415,23 @@ impl Model {
         Ok(loss)
     }
 
-    /// Parameters, gradients and what computes on them, for the optimizer: counts as a change of the parameters.
-    pub(crate) fn step_parts(&mut self) -> Result<(&Compute, &mut [f32], &[f32]), ModelError> {
+    /// Parameters of the model or of an adapter, their gradients and what computes on them, for the optimizer: counts as a
+    /// change of the parameters.
+    pub(crate) fn step_parts(
+        &mut self,
+        adapter: Option<usize>,
+    ) -> Result<(&Compute, &mut [f32], &[f32]), ModelError> {
+        self.check_adapter(adapter)?;
+        if let Some(i) = adapter {
+            let Adapter {
+                parameters,
+                gradients,
+                ..
+            } = &mut self.adapters[i];
+            let gradients = gradients.as_deref().ok_or(ModelError::NoGradients)?;
+            self.version += 1;
+            return Ok((&self.compute, parameters, gradients));
+        }
         let gradients = self.gradients.as_deref().ok_or(ModelError::NoGradients)?;
         self.version += 1;
         Ok((
@@ -336,10 +458,10 @@ impl Model {
         &self.arenas
     }
 
-    pub(crate) fn head(&self) -> Head<'_> {
+    pub(crate) fn head(&self, adapter: Option<usize>) -> Head<'_> {
         Head {
             compute: &self.compute,
-            parameters: &self.parameters,
+            weights: self.weights(adapter),
             layout: &self.layout,
         }
     }
@@ -370,12 +492,13 @@ impl Model {
     fn pass<'a>(
         &'a self,
         packing: &'a Packing,
+        adapter: Option<usize>,
         rotary: Option<&'a RotaryTable>,
         dropout_seed: Option<u64>,
     ) -> Pass<'a> {
         make_pass(
             &self.compute,
-            &self.parameters,
+            self.weights(adapter),
             &self.config,
             packing,
             rotary,
@@ -383,18 +506,20 @@ impl Model {
         )
     }
 
-    /// The head, the arenas and the gradients, which must exist.
-    fn split(&mut self) -> (Head<'_>, &ArenaPool, &mut [f32]) {
+    /// The head, the arenas and the gradients of a pass through an adapter or none.
+    fn split(&mut self, adapter: Option<usize>) -> (Head<'_>, &ArenaPool, Gradients<'_>) {
+        let (weights, gradients) = split_weights(
+            &self.parameters,
+            &mut self.gradients,
+            &mut self.adapters,
+            adapter,
+        );
         let head = Head {
             compute: &self.compute,
-            parameters: &self.parameters,
+            weights,
             layout: &self.layout,
         };
-        (
-            head,
-            &self.arenas,
-            self.gradients.as_deref_mut().unwrap_or_default(),
-        )
+        (head, &self.arenas, gradients)
     }
 
     /// The embedding and all blocks, keeping what the backward pass needs.
@@ -402,6 +527,7 @@ impl Model {
         &self,
         packing: Packing,
         head: HeadOptions,
+        adapter: Option<usize>,
         dropout_seed: Option<u64>,
     ) -> Context {
         let num_rows = packing.num_rows();
@@ -409,7 +535,7 @@ impl Model {
         let mut output = self.arenas.lease(num_rows * self.config.hidden_size);
         let lease = |block| self.arenas.lease(BlockActivations::len(block, num_rows));
         let mut blocks: Vec<Lease> = self.layout.blocks.iter().map(lease).collect();
-        let pass = self.pass(&packing, rotary.as_deref(), dropout_seed);
+        let pass = self.pass(&packing, adapter, rotary.as_deref(), dropout_seed);
         let mut scratch = BlockScratch::forward(
             &self.arenas,
             &self.layout.blocks[0],
@@ -447,6 +573,7 @@ impl Model {
         Context {
             model: self.id,
             version: self.version,
+            adapter,
             spent: false,
             packing,
             head,
@@ -494,15 +621,20 @@ impl Model {
         context.spent = true;
         let num_rows = context.packing.num_rows();
         let compute = &self.compute;
+        let (weights, mut gradients) = split_weights(
+            &self.parameters,
+            &mut self.gradients,
+            &mut self.adapters,
+            context.adapter,
+        );
         let pass = make_pass(
             compute,
-            &self.parameters,
+            weights,
             &self.config,
             &context.packing,
             context.rotary.as_deref(),
             context.dropout_seed,
         );
-        let gradients = self.gradients.as_deref_mut().unwrap_or_default();
         let dropout = pass.dropout.as_ref();
         let mut scratch = BlockScratch::backward(
             &self.arenas,
@@ -515,18 +647,20 @@ impl Model {
                 break;
             };
             let mut kept = BlockActivations::cut(block, num_rows, &mut arena);
-            block.backward(&pass, gradients, &mut kept, &mut d_x, &mut scratch);
+            block.backward(&pass, &mut gradients, &mut kept, &mut d_x, &mut scratch);
         }
-        self.layout.embedding.backward(
-            compute,
-            gradients,
-            self.config.vocab_size,
-            self.config.max_position_embeddings,
-            &context.packing.tokens,
-            &context.packing.positions,
-            dropout,
-            &mut d_x,
-        );
+        if let Some(gradients) = gradients.base() {
+            self.layout.embedding.backward(
+                compute,
+                gradients,
+                self.config.vocab_size,
+                self.config.max_position_embeddings,
+                &context.packing.tokens,
+                &context.packing.positions,
+                dropout,
+                &mut d_x,
+            );
+        }
         context.output = self.arenas.lease(0);
     }
 
@@ -613,9 +747,38 @@ fn gradients_or_zeros(gradients: &mut Option<Buffer>, len: usize) -> &mut [f32] 
     gradients.get_or_insert_with(|| Buffer::zeroed(len))
 }
 
+/// What a pass through an adapter (or none) reads, and the gradients that it adds to.
+fn split_weights<'a>(
+    base: &'a [f32],
+    gradients: &'a mut Option<Buffer>,
+    adapters: &'a mut [Adapter],
+    adapter: Option<usize>,
+) -> (Weights<'a>, Gradients<'a>) {
+    match adapter.and_then(|i| adapters.get_mut(i)) {
+        None => (
+            Weights::plain(base),
+            Gradients::Base(gradients_or_zeros(gradients, base.len())),
+        ),
+        Some(Adapter {
+            places,
+            parameters,
+            gradients,
+            ..
+        }) => {
+            let places = &*places;
+            let flat = gradients_or_zeros(gradients, parameters.len());
+            let weights = Weights {
+                base,
+                adapter: Some((places, parameters)),
+            };
+            (weights, Gradients::Adapter(places, flat))
+        }
+    }
+}
+
 fn make_pass<'a>(
     compute: &'a Compute,
-    parameters: &'a [f32],
+    weights: Weights<'a>,
     config: &Config,
     packing: &'a Packing,
     rotary: Option<&'a RotaryTable>,
@@ -623,7 +786,7 @@ fn make_pass<'a>(
 ) -> Pass<'a> {
     Pass {
         compute,
-        parameters,
+        weights,
         rotary,
         offsets: &packing.offsets,
         sequence_ids: &packing.sequence_ids,

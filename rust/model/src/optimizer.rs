@@ -6,7 +6,7 @@ use std::ops::Range;
 use ingot_kernels::Buffer;
 use ingot_kernels::adamw::{AdamGroup, AdamSettings, EpsMode};
 
-use crate::{Model, ModelError};
+use crate::{Model, ModelError, Parameter};
 
 /// Parameters that share a learning-rate factor and a weight decay.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,6 +64,8 @@ pub struct Optimizer {
     groups: Vec<Group>,
     /// All groups' places, ascending, neighbours joined.
     covered: Vec<Range<usize>>,
+    /// The adapter whose parameters they are; none for the model's.
+    adapter: Option<usize>,
     options: OptimizerOptions,
     m: Buffer,
     v: Buffer,
@@ -80,8 +82,21 @@ impl Optimizer {
         groups: &[ParameterGroup],
         options: OptimizerOptions,
     ) -> Result<Self, ModelError> {
+        Self::of(model, None, groups, options)
+    }
+
+    /// An optimizer for chosen groups of an adapter's parameters, or of the model's where there is none.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`]; also if there is no such adapter.
+    pub fn of(
+        model: &Model,
+        adapter: Option<usize>,
+        groups: &[ParameterGroup],
+        options: OptimizerOptions,
+    ) -> Result<Self, ModelError> {
         check_options(&options)?;
-        let table = model.table();
+        let table = model.table_of(adapter)?;
         let mut owner: Vec<Option<usize>> = vec![None; table.len()];
         let mut resolved = Vec::with_capacity(groups.len());
         for (i, group) in groups.iter().enumerate() {
@@ -93,7 +108,7 @@ impl Optimizer {
                     .position(|parameter| parameter.name == *name)
                     .ok_or_else(|| ModelError::UnknownParameter {
                         name: name.clone(),
-                        nearest: nearest_name(model, name),
+                        nearest: nearest_name(table, name),
                     })?;
                 if let Some(first) = owner[place].replace(i) {
                     return Err(ModelError::DuplicateParameter {
@@ -116,10 +131,11 @@ impl Optimizer {
                 .flat_map(|group| group.ranges.iter().cloned())
                 .collect(),
         );
-        let len = model.num_parameters();
+        let len = table.iter().map(Parameter::len).sum();
         Ok(Self {
             groups: resolved,
             covered,
+            adapter,
             options,
             m: Buffer::zeroed(len),
             v: Buffer::zeroed(len),
@@ -131,9 +147,8 @@ impl Optimizer {
     pub fn default_groups(model: &Model, weight_decay: f64) -> Vec<ParameterGroup> {
         let (matrices, vectors): (Vec<_>, Vec<_>) =
             model.table().iter().partition(|parameter| parameter.decay);
-        let names = |parameters: Vec<&crate::Parameter>| {
-            parameters.iter().map(|p| p.name.clone()).collect()
-        };
+        let names =
+            |parameters: Vec<&Parameter>| parameters.iter().map(|p| p.name.clone()).collect();
         vec![
             ParameterGroup {
                 names: names(matrices),
@@ -171,11 +186,18 @@ impl Optimizer {
                 format!("must be positive, got {limit}"),
             ));
         }
-        if model.num_parameters() != self.m.len() {
-            let (expected, got) = (self.m.len(), model.num_parameters());
+        let got = model
+            .table_of(self.adapter)?
+            .iter()
+            .map(Parameter::len)
+            .sum();
+        if got != self.m.len() {
+            let expected = self.m.len();
             return Err(ModelError::OptimizerMismatch { expected, got });
         }
-        let gradients = model.gradients().ok_or(ModelError::NoGradients)?;
+        let gradients = model
+            .gradients_of(self.adapter)
+            .ok_or(ModelError::NoGradients)?;
         let (kernels, pool) = (*model.kernels(), model.pool());
         let square_of =
             |range: &Range<usize>| kernels.norm_squared_f64(pool, &gradients[range.clone()]);
@@ -208,7 +230,7 @@ impl Optimizer {
             }));
         }
         groups.sort_by_key(|group| group.range.start);
-        let (compute, parameters, gradients) = model.step_parts()?;
+        let (compute, parameters, gradients) = model.step_parts(self.adapter)?;
         kernels.adamw(
             &compute.pool,
             parameters,
@@ -301,12 +323,10 @@ fn join(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
 }
 
 /// The table's name that is most like `name`: the fewest edits.
-fn nearest_name(model: &Model, name: &str) -> String {
-    let names = model
-        .table()
+fn nearest_name(table: &[Parameter], name: &str) -> String {
+    table
         .iter()
-        .map(|parameter| parameter.name.as_str());
-    names
+        .map(|parameter| parameter.name.as_str())
         .min_by_key(|candidate| edit_distance(candidate, name))
         .unwrap_or_default()
         .to_owned()

@@ -69,6 +69,22 @@ pub(crate) struct Layout {
     pub(crate) initial: Vec<Initial>,
     /// Number of floats of a flat buffer.
     pub(crate) len: usize,
+    /// What adapters may change, in the order of the table.
+    pub(crate) modules: Vec<Module>,
+    /// Number of linear layers that the modules are parts of.
+    pub(crate) num_linears: usize,
+}
+
+/// A part of a linear layer of a block that has a name of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct Module {
+    /// The name of its weight without `.weight`.
+    pub(crate) name: String,
+    /// [`Linear::index`] of the layer.
+    pub(crate) linear: usize,
+    pub(crate) inputs: usize,
+    /// Its columns of the layer's result.
+    pub(crate) columns: Range<usize>,
 }
 
 impl Layout {
@@ -97,6 +113,7 @@ impl Layout {
                 outputs: config.vocab_size,
                 weight: embedding.tokens,
                 bias: None,
+                index: None,
             }
         } else {
             let weight = table.matrix(Role::Head, config.vocab_size, hidden, Initial::Normal);
@@ -105,6 +122,7 @@ impl Layout {
                 outputs: config.vocab_size,
                 weight,
                 bias: None,
+                index: None,
             }
         };
         let score = (num_values > 0).then(|| {
@@ -115,6 +133,7 @@ impl Layout {
                 outputs: num_values,
                 weight,
                 bias: Some(bias),
+                index: None,
             }
         });
         Self {
@@ -126,6 +145,8 @@ impl Layout {
             table: table.table,
             initial: table.initial,
             len: table.len,
+            modules: table.modules,
+            num_linears: table.num_linears,
         }
     }
 }
@@ -135,6 +156,8 @@ struct TableBuilder {
     table: Vec<Parameter>,
     initial: Vec<Initial>,
     len: usize,
+    modules: Vec<Module>,
+    num_linears: usize,
 }
 
 impl TableBuilder {
@@ -144,6 +167,8 @@ impl TableBuilder {
             table: Vec::new(),
             initial: Vec::new(),
             len: 0,
+            modules: Vec::new(),
+            num_linears: 0,
         }
     }
 
@@ -227,9 +252,18 @@ impl TableBuilder {
         initial: Initial,
     ) -> Linear {
         let weight = self.len;
+        let mut start = 0;
         for &(role, outputs) in parts {
             self.weight(role, outputs, inputs, initial);
+            self.modules.push(Module {
+                name: self.family.name(role),
+                linear: self.num_linears,
+                inputs,
+                columns: start..start + outputs,
+            });
+            start += outputs;
         }
+        self.num_linears += 1;
         let bias_start = self.len;
         if bias {
             for &(role, outputs) in parts {
@@ -242,6 +276,7 @@ impl TableBuilder {
             outputs,
             weight,
             bias: bias.then_some(bias_start),
+            index: Some(self.num_linears - 1),
         }
     }
 

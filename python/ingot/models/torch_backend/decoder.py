@@ -56,6 +56,7 @@ class TorchDecoder:
         *,
         seed: int = 0,
         banned_ids: Sequence[int] | IntArray | None = None,
+        adapter: str | None = None,
     ) -> None:
         check_seed(seed)
         config = model.config
@@ -70,6 +71,7 @@ class TorchDecoder:
         self._model = model
         self._lock = model._lock
         self._version = model._version
+        _, self._network = model._pass(adapter)
         self._max_tokens = max_tokens
         self._seed = seed
         self._banned = check_banned(banned_ids, np.empty(0, dtype=np.int32), config.vocab_size)
@@ -193,7 +195,7 @@ class TorchDecoder:
 
         tokens = torch.tensor(slot.tokens[start:stop], device=self._model._device)
         with self._model._autocast():
-            self._model._network.continuation(tokens, positions, cached)
+            self._network.continuation(tokens, positions, cached)
         slot.num_cached = stop
 
     @torch.no_grad()
@@ -217,7 +219,7 @@ class TorchDecoder:
 
         tokens = torch.tensor([slot.tokens[-1] for slot in slots], device=device)
         with self._model._autocast():
-            return self._model._network.continuation(tokens, positions, cached)
+            return self._network.continuation(tokens, positions, cached)
 
     @torch.no_grad()
     def _draw(
@@ -230,7 +232,7 @@ class TorchDecoder:
         for part in model._chunks(len(slots)):
             divisors = torch.tensor([[slot.divisor] for slot in slots[part]], device=model._device, dtype=model._dtype)
             with model._autocast():
-                scores = model._network.scores(model._network.final_norm(x[part]), divisors, self._banned_mask)
+                scores = self._network.scores(self._network.final_norm(x[part]), divisors, self._banned_mask)
             if not bool(scores.logsumexp(-1).isfinite().all()):
                 broken = int((~scores.logsumexp(-1).isfinite()).nonzero()[0])
                 raise RunError(

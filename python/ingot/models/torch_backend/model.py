@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ingot.configs import ModelConfig
 from ingot.errors import ConfigError
+from ingot.models.adapters import Adapted, Adapter, adapter_table
 from ingot.models.base import (
     BoolArray,
     Candidates,
@@ -32,20 +32,19 @@ from ingot.models.base import (
 )
 from ingot.models.hf import write_folder
 from ingot.models.packing import Packing, check_array, check_banned, check_candidates, check_rows, check_seed
-from ingot.models.parameters import Parameter, initial_values, parameter_table
+from ingot.models.parameters import initial_values, parameter_table
 from ingot.models.tables import check_state, parts_table
 from ingot.models.torch_backend.decoder import TorchDecoder
 from ingot.models.torch_backend.dropout import Dropout
 from ingot.models.torch_backend.network import Network, TokenBatch
 from ingot.models.torch_backend.optimizer import TorchOptimizer
+from ingot.models.torch_backend.parameter_set import ParameterSet, TorchAdapter
 from ingot.models.torch_backend.statistics import Statistics
 from ingot.models.torch_backend.tensors import (
     Precision,
-    as_array,
     check_temperature,
     find_device,
     find_precision,
-    frozen,
     numpy_dtype,
     to_numpy,
 )
@@ -58,9 +57,10 @@ CHUNK_LOGITS = 1 << 24
 class TorchContext:
     """Outputs with their graph. See :class:`ingot.models.base.Context`."""
 
-    def __init__(self, model: TorchModel, outputs: dict[str, Tensor]) -> None:
+    def __init__(self, model: TorchModel, weights: ParameterSet, outputs: dict[str, Tensor]) -> None:
         self._model = model
         self._version = model._version
+        self._set = weights
         self._outputs = outputs
         self._spent = False
 
@@ -70,7 +70,7 @@ class TorchContext:
         return self._spent
 
 
-class TorchModel:
+class TorchModel(Adapted):
     """See :class:`ingot.models.base.Model`. ``parameters`` and ``gradients`` are read-only copies here.
 
     ``threads`` sets torch's number of threads for the whole process.
@@ -100,18 +100,36 @@ class TorchModel:
             if threads < 1:
                 raise ConfigError(f"threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
-        self._table = parameter_table(config, num_values)
-        size = self._table[-1].offset + self._table[-1].size
-        self._flat = torch.zeros(size, dtype=self._dtype, device=self._device)
-        self._flat_gradient: Tensor | None = None
-        self._sharers: weakref.WeakSet[TorchModel] = weakref.WeakSet([self])
-        self._cut()
+        table = parameter_table(config, num_values)
+        size = table[-1].offset + table[-1].size
+        self._own_set = ParameterSet(table, torch.zeros(size, dtype=self._dtype, device=self._device))
         with torch.no_grad():
-            for parameter, values in initial_values(config, self._table, seed):
-                self._tensors[parameter.name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
-        self._version = 0
+            for parameter, values in initial_values(config, table, seed):
+                self._own_set.tensors[parameter.name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        self._network = Network(config, self._own_set.tensors, self._dtype)
+        self._sharers: weakref.WeakSet[TorchModel] = weakref.WeakSet([self])
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a model and a fork begin with."""
+        self._changes = 0
         self._lock = threading.RLock()
-        self.optimizer: Optimizer = TorchOptimizer(self)
+        self._optimizers: dict[str | None, Optimizer] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._active: str | None = None
+        self._merged: str | None = None
+        self._head_deltas: dict[str, FloatArray] = {}
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What :meth:`step` uses: that of the active adapter, or of the weights; AdamW with its defaults unless replaced."""
+        if self._active not in self._optimizers:
+            self._optimizers[self._active] = TorchOptimizer(self)
+        return self._optimizers[self._active]
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self._optimizers[self._active] = optimizer
 
     @alone
     def fork(self) -> TorchModel:
@@ -122,27 +140,66 @@ class TorchModel:
         fork = TorchModel.__new__(TorchModel)
         fork._config, fork._num_values = self._config, self._num_values
         fork._device, fork._precision, fork._dtype = self._device, self._precision, self._dtype
-        fork._table, fork._flat, fork._flat_gradient = self._table, self._flat, None
+        fork._own_set = ParameterSet(self._own_set.table, self._own_set.flat)
+        fork._network = Network(self._config, fork._own_set.tensors, self._dtype)
         fork._sharers = self._sharers
         fork._sharers.add(fork)
-        fork._cut()
-        fork._version = 0
-        fork._lock = threading.RLock()
-        fork.optimizer = TorchOptimizer(fork)
+        fork._begin()
+        for name, adapter in self._adapters.items():
+            own = fork._make_adapter(name, adapter.rank, adapter.alpha, adapter.modules)
+            own._write(adapter.state())
+            fork._adapters[name] = own
+        fork._active, fork._merged, fork._head_deltas = self._active, self._merged, self._head_deltas
         return fork
-
-    def _cut(self) -> None:
-        """The named parts of the flat buffer: leaves of the graph that share its memory."""
-        self._tensors = {p.name: self._part(self._flat, p).detach().requires_grad_() for p in self._table}
-        self._network = Network(self._config, self._tensors, self._dtype)
 
     def _own(self) -> None:
         """Takes a copy of the weights where another model shares them: to be called before they are written to."""
         if len(self._sharers) > 1:
             self._sharers.discard(self)
             self._sharers = weakref.WeakSet([self])
-            self._flat = self._flat.clone()
-            self._cut()
+            self._own_set.flat = self._own_set.flat.clone()
+            self._own_set.cut()
+            self._network = Network(self._config, self._own_set.tensors, self._dtype)
+
+    @property
+    def _version(self) -> int:
+        """Counts the writes to weights and adapters."""
+        return self._changes + sum(adapter.changes for adapter in self._torch_adapters())
+
+    def _torch_adapters(self) -> list[TorchAdapter]:
+        return [adapter for adapter in self._adapters.values() if isinstance(adapter, TorchAdapter)]
+
+    def _make_adapter(self, name: str, rank: int, alpha: float, modules: Sequence[str]) -> TorchAdapter:
+        table = adapter_table(self._config, self._num_values, rank, modules)
+        size = table[-1].offset + table[-1].size
+        weights = ParameterSet(table, torch.zeros(size, dtype=self._dtype, device=self._device))
+        with torch.no_grad():
+            for key in (key for key in weights.tensors if key.startswith("score.")):
+                weights.tensors[key].copy_(self._own_set.tensors[key])
+        return TorchAdapter(weights, name, rank, alpha, modules)
+
+    @alone
+    def _add_to_weights(self, deltas: Iterator[tuple[str, FloatArray]]) -> None:
+        self._own()
+        with torch.no_grad():
+            for name, delta in deltas:
+                self._own_set.tensors[name].add_(torch.from_numpy(np.array(delta, order="C")).to(self._device))
+        self._changes += 1
+
+    def _pass(self, adapter: str | None) -> tuple[ParameterSet, Network]:
+        """What a call through an adapter (or none) trains, and the network that computes it."""
+        chosen = self._chosen(adapter)
+        if chosen is None:
+            return self._own_set, self._network
+        assert isinstance(chosen, TorchAdapter)
+        # The weights below count as constants.
+        tensors = {name: tensor.detach() for name, tensor in self._own_set.tensors.items()} | chosen.weights.tensors
+        return chosen.weights, Network(self._config, tensors, self._dtype, chosen.scale)
+
+    def _trained_set(self) -> ParameterSet:
+        """What an optimizer made now changes."""
+        adapter = self._trained()
+        return adapter.weights if isinstance(adapter, TorchAdapter) else self._own_set
 
     # -- facts --
 
@@ -169,18 +226,17 @@ class TorchModel:
     @property
     def num_parameters(self) -> int:
         """Number of weights."""
-        return self._flat.numel()
+        return self._own_set.flat.numel()
 
     @property
     def parameters(self) -> Mapping[str, FloatArray]:
         """Read-only copies of the weights; :meth:`load_state` writes."""
-        return MappingProxyType({p.name: frozen(self._tensors[p.name]) for p in self._table})
+        return self._own_set.parameter_copies()
 
     @property
     def gradients(self) -> Mapping[str, FloatArray]:
         """Read-only copies of the gradients, zeros before the first backward."""
-        flat = self._gradient_buffer()
-        return MappingProxyType({p.name: frozen(self._part(flat, p)) for p in self._table})
+        return self._own_set.gradient_copies()
 
     def flops_per_token(self, max_length: int) -> float:
         """Floating-point operations of a training step per token at sequences of ``max_length`` tokens."""
@@ -188,7 +244,7 @@ class TorchModel:
 
     def __repr__(self) -> str:
         place = f"device {self._device}, {self._precision}"
-        return parts_table("torch", self._config, place, {p.name: list(p.shape) for p in self._table})
+        return parts_table("torch", self._config, place, {p.name: list(p.shape) for p in self._own_set.table})
 
     # -- the passes --
 
@@ -208,6 +264,7 @@ class TorchModel:
         train: bool = True,
         seed: int = 0,
         sequence_ids: LongArray | None = None,
+        adapter: str | None = None,
     ) -> tuple[TorchContext | None, Outputs]:
         """See :meth:`ingot.models.base.Model.forward`."""
         wanted = check_want(want, self._num_values, candidates)
@@ -222,17 +279,20 @@ class TorchModel:
             check_array("value_rows", value_rows, np.bool_, (num_rows,))
         if hidden_rows is not None:
             check_rows(hidden_rows, num_rows)
+        weights, network = self._pass(adapter)
         with torch.set_grad_enabled(train), self._autocast():
-            x = self._residual(packing, train, seed)
-            outputs = self._head_outputs(packing, x, wanted, candidates, temperature, self._banned_mask(banned))
+            x = self._residual(network, packing, train, seed)
+            outputs = self._head_outputs(
+                network, packing, x, wanted, candidates, temperature, self._banned_mask(banned)
+            )
             if "values" in wanted:
                 rows = torch.from_numpy(np.arange(num_rows) if value_rows is None else np.flatnonzero(value_rows))
-                outputs["values"] = self._values(x, rows.to(self._device))
+                outputs["values"] = self._values(network, x, rows.to(self._device))
             if "hidden" in wanted:
                 chosen = x if hidden_rows is None else x[torch.from_numpy(hidden_rows).to(self._device)]
-                outputs["hidden"] = self._network.final_norm(chosen)
+                outputs["hidden"] = network.final_norm(chosen)
         arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
-        context = TorchContext(self, {n: t for n, t in outputs.items() if n != "top1"}) if train else None
+        context = TorchContext(self, weights, {n: t for n, t in outputs.items() if n != "top1"}) if train else None
         return context, Outputs(arrays)
 
     @alone
@@ -283,7 +343,7 @@ class TorchModel:
                 gradients.append(torch.from_numpy(gradient.copy()).to(self._device, output.dtype))
         ctx._spent = True
         ctx._outputs = {}
-        self._bind_gradients()
+        ctx._set.bind_gradients()
         if roots:
             torch.autograd.backward(roots, gradients)
 
@@ -300,6 +360,7 @@ class TorchModel:
         train: bool = True,
         seed: int = 0,
         sequence_ids: LongArray | None = None,
+        adapter: str | None = None,
     ) -> float:
         """See :meth:`ingot.models.base.Model.forward_backward`. The logits of a chunk of rows turn into gradients at once."""
         check_seed(seed)
@@ -307,16 +368,17 @@ class TorchModel:
         banned = self._banned_mask(check_banned(banned_ids, packing.targets, self._config.vocab_size))
         check_array("weights", weights, numpy_dtype(self._dtype), (len(packing.tokens),))
         check_temperature(temperature)
-        self._bind_gradients()
+        trained, network = self._pass(adapter)
+        trained.bind_gradients()
         rows, chosen = self._target_rows(packing)
         row_weights = torch.from_numpy(weights).to(self._device)[rows]
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         with self._autocast():
-            x = self._residual(packing, train, seed)
-            hidden = self._network.final_norm(x[rows])
+            x = self._residual(network, packing, train, seed)
+            hidden = network.final_norm(x[rows])
             leaf = hidden.detach().requires_grad_()
             for part in self._chunks(len(rows)):
-                scores = self._network.scores(leaf[part], temperature, banned)
+                scores = network.scores(leaf[part], temperature, banned)
                 logprobs = Statistics.of(scores, chosen[part]).logprobs
                 torch.autograd.backward(logprobs, -row_weights[part])
                 loss -= (row_weights[part].double() * logprobs.detach().double()).sum()
@@ -327,22 +389,25 @@ class TorchModel:
     @alone
     def zero_grad(self) -> None:
         """Set all gradients to 0."""
-        if self._flat_gradient is not None:
-            self._flat_gradient.zero_()
+        for weights in (self._own_set, *(adapter.weights for adapter in self._torch_adapters())):
+            if weights.gradient is not None:
+                weights.gradient.zero_()
 
     def step(self, lr: float, clip_norm: float | None = 1.0) -> StepInfo:
         """``optimizer.step(lr, clip_norm)``."""
+        self._require_unmerged()
         return self.optimizer.step(lr, clip_norm)
 
     @alone
-    def _update(self, rule: Callable[[Tensor], StepInfo]) -> StepInfo:
-        """Lets an optimizer change the weights by the flat gradient."""
-        if self._flat_gradient is None:
+    def _update(self, weights: ParameterSet, rule: Callable[[Tensor], StepInfo]) -> StepInfo:
+        """Lets an optimizer change weights by their flat gradient."""
+        if weights.gradient is None:
             raise RuntimeError("there are no gradients yet: run backward or forward_backward before the step")
-        self._own()
-        info = rule(self._flat_gradient)
+        if weights is self._own_set:
+            self._own()
+        info = rule(weights.gradient)
         if not info.skipped:
-            self._version += 1
+            self._changes += 1
         return info
 
     def decoder(
@@ -352,42 +417,44 @@ class TorchModel:
         *,
         seed: int = 0,
         banned_ids: Sequence[int] | IntArray | None = None,
+        adapter: str | None = None,
     ) -> TorchDecoder:
         """A decoder with room for ``max_sequences`` sequences of up to ``max_tokens`` tokens each, prompt included."""
-        return TorchDecoder(self, max_tokens, max_sequences, seed=seed, banned_ids=banned_ids)
+        return TorchDecoder(self, max_tokens, max_sequences, seed=seed, banned_ids=banned_ids, adapter=adapter)
 
     # -- weights --
 
     @alone
     def state(self) -> dict[str, FloatArray]:
         """Copies of all weights by Hugging Face name."""
-        return {p.name: to_numpy(self._tensors[p.name]) for p in self._table}
+        return {name: to_numpy(tensor) for name, tensor in self._own_set.tensors.items()}
 
     @alone
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; missing, surplus or mis-shaped weights are a ``CheckpointError`` that names them."""
-        check_state(state, {p.name: p.shape for p in self._table}, "state")
+        self._require_unmerged()
+        check_state(state, {p.name: p.shape for p in self._own_set.table}, "state")
         self._own()
-        with torch.no_grad():
-            for parameter in self._table:
-                self._tensors[parameter.name].copy_(torch.from_numpy(as_array(state[parameter.name])))
-        self._version += 1
+        self._own_set.write(state)
+        self._changes += 1
 
     def save(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``: a directory that transformers opens."""
-        state = {name: array.astype(np.float32, copy=False) for name, array in self.state().items()}
+        """Write ``config.json`` and ``model.safetensors``, the active adapter merged: a directory that transformers opens."""
+        merged = self._merged_weights(self.state())
+        state = {name: array.astype(np.float32, copy=False) for name, array in merged.items()}
         write_folder(folder, self._config, state)
 
     # -- inside --
 
-    def _residual(self, packing: Packing, train: bool, seed: int) -> Tensor:
+    def _residual(self, network: Network, packing: Packing, train: bool, seed: int) -> Tensor:
         dropout = None
         if train and self._config.dropout > 0.0:
             dropout = Dropout(self._config.dropout, seed, packing, self._device)
-        return self._network.residual(TokenBatch.of(packing, self._device), dropout)
+        return network.residual(TokenBatch.of(packing, self._device), dropout)
 
     def _head_outputs(
         self,
+        network: Network,
         packing: Packing,
         x: Tensor,
         wanted: frozenset[str],
@@ -404,7 +471,7 @@ class TorchModel:
         rows = np.flatnonzero((packing.targets >= 0) | (counts > 0))
 
         def statistics(x_rows: Tensor, targets: Tensor, lines: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-            scores = self._network.scores(self._network.final_norm(x_rows), temperature, banned)
+            scores = network.scores(network.final_norm(x_rows), temperature, banned)
             found = Statistics.of(scores, targets)
             return *(getattr(found, name) for name in names), scores[lines, columns] - found.lse[lines]
 
@@ -438,8 +505,8 @@ class TorchModel:
     def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _values(self, x: Tensor, rows: Tensor) -> Tensor:
-        values = self._network.values(self._network.final_norm(x[rows]))
+    def _values(self, network: Network, x: Tensor, rows: Tensor) -> Tensor:
+        values = network.values(network.final_norm(x[rows]))
         zeros = torch.zeros(len(x), self._num_values, dtype=self._dtype, device=self._device)
         values = zeros.index_put((rows,), values)
         return values[:, 0] if self._num_values == 1 else values
@@ -463,19 +530,3 @@ class TorchModel:
         if self._precision == "bf16":
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
-
-    def _part(self, flat: Tensor, parameter: Parameter) -> Tensor:
-        return flat[parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
-
-    def _gradient_buffer(self) -> Tensor:
-        if self._flat_gradient is None:
-            self._flat_gradient = torch.zeros_like(self._flat)
-        return self._flat_gradient
-
-    def _bind_gradients(self) -> None:
-        """Let autograd add to the flat buffer."""
-        flat = self._gradient_buffer()
-        for parameter in self._table:
-            tensor = self._tensors[parameter.name]
-            if tensor.grad is None:
-                tensor.grad = self._part(flat, parameter)

@@ -54,9 +54,13 @@ class TokenBatch:
 class Network:
     """The forward computation over named tensors: stateless, differentiable."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, adapter_scale: float = 0.0
+    ) -> None:
+        """With ``adapter_scale``, ``MODULE.lora_A.weight`` and ``MODULE.lora_B.weight`` among the tensors count, times that."""
         self.config = config
         self._tensors = tensors
+        self._adapter_scale = adapter_scale
         self._dtype = dtype
         self._is_gpt2 = family_of(config) == "gpt2"
         self._names = _GPT2_NAMES if self._is_gpt2 else _LLAMA_NAMES
@@ -176,7 +180,11 @@ class Network:
     def _linear(self, role: str, layer: int, x: Tensor) -> Tensor:
         name = self._name(role, layer)
         weight = self._tensors[name + ".weight"]
-        return F.linear(x, weight.T if self._is_gpt2 else weight, self._tensors.get(name + ".bias"))
+        y = F.linear(x, weight.T if self._is_gpt2 else weight, self._tensors.get(name + ".bias"))
+        inner = self._tensors.get(name + ".lora_A.weight")
+        if inner is None:
+            return y
+        return y + F.linear(self._adapter_scale * F.linear(x, inner), self._tensors[name + ".lora_B.weight"])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         if self.config.norm == "rms":

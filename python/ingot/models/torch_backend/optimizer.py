@@ -17,6 +17,7 @@ from ingot.models.base import EpsMode, ParameterGroup, StepInfo
 from ingot.models.grouping import assign_groups
 from ingot.models.parameters import Parameter
 from ingot.models.tables import check_state
+from ingot.models.torch_backend.parameter_set import part_of
 from ingot.models.torch_backend.tensors import as_array, to_numpy
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class TorchOptimizer:
             raise ConfigError(f"weight_decay must be 0 or more, got {weight_decay}")
         self._model = model
         self._betas, self._eps, self._eps_mode = betas, eps, eps_mode
-        self._runs = _runs(model._table, groups, weight_decay)
+        self._set = model._trained_set()
+        self._runs = _runs(self._set.table, groups, weight_decay)
         self._first: Tensor | None = None
         self._second: Tensor | None = None
         self._num_steps = 0
@@ -57,7 +59,7 @@ class TorchOptimizer:
             raise ValueError(f"learning_rate: must be a finite number of at least 0, got {lr}")
         if clip_norm is not None and not clip_norm > 0.0:
             raise ValueError(f"clip_norm: must be positive, got {clip_norm}")
-        return self._model._update(lambda gradient: self._step(lr, clip_norm, gradient))
+        return self._model._update(self._set, lambda gradient: self._step(lr, clip_norm, gradient))
 
     @torch.no_grad()
     def _step(self, lr: float, clip_norm: float | None, gradient: Tensor) -> StepInfo:
@@ -71,7 +73,7 @@ class TorchOptimizer:
         beta1, beta2 = self._betas
         correction1, correction2 = 1.0 - beta1**self._num_steps, math.sqrt(1.0 - beta2**self._num_steps)
         for run in self._runs:
-            p, m, v = self._model._flat[run.part], first[run.part], second[run.part]
+            p, m, v = self._set.flat[run.part], first[run.part], second[run.part]
             g = gradient[run.part] * scale
             m.mul_(beta1).add_(g, alpha=1.0 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
@@ -87,13 +89,13 @@ class TorchOptimizer:
         """Copies: ``step`` i64[1] and for each parameter ``m.NAME`` and ``v.NAME``."""
         state: dict[str, npt.NDArray[np.generic]] = {"step": np.array([self._num_steps], dtype=np.int64)}
         for prefix, flat in zip(("m", "v"), self._moments(), strict=True):
-            for parameter in self._model._table:
-                state[f"{prefix}.{parameter.name}"] = to_numpy(self._model._part(flat, parameter))
+            for parameter in self._set.table:
+                state[f"{prefix}.{parameter.name}"] = to_numpy(part_of(flat, parameter))
         return state
 
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; a missing, surplus or mis-shaped entry is a ``CheckpointError`` that names it."""
-        table = self._model._table
+        table = self._set.table
         shapes: dict[str, tuple[int, ...]] = {"step": (1,)}
         shapes |= {f"{prefix}.{p.name}": p.shape for prefix in ("m", "v") for p in table}
         check_state(state, shapes, "optimizer state")
@@ -104,11 +106,11 @@ class TorchOptimizer:
         for prefix, flat in zip(("m", "v"), self._moments(), strict=True):
             for parameter in table:
                 values = torch.from_numpy(as_array(state[f"{prefix}.{parameter.name}"]))
-                self._model._part(flat, parameter).copy_(values)
+                part_of(flat, parameter).copy_(values)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         if self._first is None or self._second is None:
-            self._first, self._second = torch.zeros_like(self._model._flat), torch.zeros_like(self._model._flat)
+            self._first, self._second = torch.zeros_like(self._set.flat), torch.zeros_like(self._set.flat)
         return self._first, self._second
 
 

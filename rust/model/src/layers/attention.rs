@@ -171,7 +171,7 @@ impl Attention {
         &self,
         compute: &Compute,
         parameters: &[f32],
-        gradients: &mut [f32],
+        gradients: Option<&mut [f32]>,
         rotary: Option<&RotaryTable>,
         positions: &[u32],
         qkv: &[f32],
@@ -236,6 +236,9 @@ impl Attention {
                 }
             },
         );
+        let Some(gradients) = gradients else {
+            return;
+        };
         let partials = Mat::new(partials, num_items, 2 * h);
         for (norm, columns) in [(query_norm, 0..h), (key_norm, h..2 * h)] {
             let d_gain = &mut gradients[norm.gain..norm.gain + h];

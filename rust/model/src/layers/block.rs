@@ -12,6 +12,7 @@ use ingot_kernels::{ArenaPool, Lease, Mat, MatMut};
 
 use super::norm::RowMoments;
 use super::{Attention, Compute, Dropout, Mlp, Norm, NormScratch, ROWS_PER_ITEM, RotaryTable};
+use crate::adapter::{Gradients, Weights};
 
 /// Rows of a chunk: enough for the products to run at full speed, few enough for their operands to stay near.
 pub(crate) const CHUNK_ROWS: usize = 1024;
@@ -37,7 +38,7 @@ pub(crate) struct Block {
 #[derive(Clone, Copy)]
 pub(crate) struct Pass<'a> {
     pub(crate) compute: &'a Compute,
-    pub(crate) parameters: &'a [f32],
+    pub(crate) weights: Weights<'a>,
     pub(crate) rotary: Option<&'a RotaryTable>,
     /// `[S + 1]`.
     pub(crate) offsets: &'a [i64],
@@ -188,7 +189,7 @@ impl Block {
     pub(crate) fn attention_input(
         &self,
         compute: &Compute,
-        parameters: &[f32],
+        weights: Weights<'_>,
         rotary: Option<&RotaryTable>,
         positions: &[u32],
         x: &[f32],
@@ -199,21 +200,21 @@ impl Block {
     ) {
         let rows = positions.len();
         self.attention_norm
-            .forward(compute, parameters, x, normed, copy);
+            .forward(compute, weights.base, x, normed, copy);
         let normed = Mat::new(normed, rows, self.attention_norm.size);
         let qkv_rows = MatMut::new(qkv, rows, self.attention.qkv_width());
         self.attention
             .qkv
-            .forward(compute, parameters, normed, qkv_rows, false);
+            .forward(compute, weights, normed, qkv_rows, false);
         self.attention
-            .rotate(compute, parameters, rotary, positions, qkv, rotated);
+            .rotate(compute, weights.base, rotary, positions, qkv, rotated);
     }
 
     /// y += attention's projection of `attended` `[R, H h]`; y is `[R, d]`.
     pub(crate) fn attention_output(
         &self,
         compute: &Compute,
-        parameters: &[f32],
+        weights: Weights<'_>,
         attended: &[f32],
         y: &mut [f32],
     ) {
@@ -222,14 +223,14 @@ impl Block {
         let attended = Mat::new(attended, rows, query);
         self.attention
             .output
-            .forward(compute, parameters, attended, MatMut::new(y, rows, d), true);
+            .forward(compute, weights, attended, MatMut::new(y, rows, d), true);
     }
 
     /// y += mlp(normed) for a chunk; `normed` is `[R, d]`, `pre` and `active` become the MLP's inner values.
     pub(crate) fn mlp_output(
         &self,
         compute: &Compute,
-        parameters: &[f32],
+        weights: Weights<'_>,
         normed: &[f32],
         pre: &mut [f32],
         active: &mut [f32],
@@ -238,11 +239,11 @@ impl Block {
         let d = self.mlp_norm.size;
         let rows = y.len() / d;
         self.mlp
-            .expand(compute, parameters, Mat::new(normed, rows, d), pre, active);
+            .expand(compute, weights, Mat::new(normed, rows, d), pre, active);
         let active = Mat::new(active, rows, self.mlp.width);
         self.mlp
             .down
-            .forward(compute, parameters, active, MatMut::new(y, rows, d), true);
+            .forward(compute, weights, active, MatMut::new(y, rows, d), true);
     }
 
     /// The forward pass that keeps what the backward pass needs: from `kept.x` to `out` `[N, d]`.
@@ -253,7 +254,7 @@ impl Block {
         out: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let (compute, parameters) = (pass.compute, pass.parameters);
+        let (compute, weights) = (pass.compute, pass.weights);
         let num_rows = pass.positions.len();
         let d = self.attention_norm.size;
         let (qkv, query, up, rotated) = (
@@ -266,7 +267,7 @@ impl Block {
             let (start, end) = (rows.start, rows.end);
             self.attention_input(
                 compute,
-                parameters,
+                weights,
                 pass.rotary,
                 &pass.positions[rows],
                 &kept.x[start * d..end * d],
@@ -291,14 +292,14 @@ impl Block {
             let middle = &mut kept.middle[start * d..end * d];
             let dropout = pass.dropout_rows(&rows);
             match dropout {
-                None => self.attention_output(compute, parameters, attended, middle),
+                None => self.attention_output(compute, weights, attended, middle),
                 Some(dropout) => {
                     let branch = &mut scratch.branch[..count * d];
                     let attended = Mat::new(attended, count, query);
                     let target = MatMut::new(branch, count, d);
                     self.attention
                         .output
-                        .forward(compute, parameters, attended, target, false);
+                        .forward(compute, weights, attended, target, false);
                     dropout.add(
                         compute,
                         self.layer,
@@ -312,19 +313,19 @@ impl Block {
             let normed = &mut scratch.normed[..count * d];
             let out = &mut out[start * d..end * d];
             self.mlp_norm
-                .forward(compute, parameters, middle, normed, Some(&mut *out));
+                .forward(compute, weights.base, middle, normed, Some(&mut *out));
             let pre = &mut kept.pre[start * up..end * up];
             let active = &mut scratch.active[..count * self.mlp.width];
             match dropout {
-                None => self.mlp_output(compute, parameters, normed, pre, active, out),
+                None => self.mlp_output(compute, weights, normed, pre, active, out),
                 Some(dropout) => {
                     let branch = &mut scratch.branch[..count * d];
                     self.mlp
-                        .expand(compute, parameters, Mat::new(normed, count, d), pre, active);
+                        .expand(compute, weights, Mat::new(normed, count, d), pre, active);
                     let active = Mat::new(active, count, self.mlp.width);
                     self.mlp.down.forward(
                         compute,
-                        parameters,
+                        weights,
                         active,
                         MatMut::new(branch, count, d),
                         false,
@@ -346,7 +347,7 @@ impl Block {
         lse: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let (compute, parameters) = (pass.compute, pass.parameters);
+        let (compute, weights) = (pass.compute, pass.weights);
         let num_rows = pass.positions.len();
         let d = self.attention_norm.size;
         let (qkv_width, query, rotated) = (
@@ -358,7 +359,7 @@ impl Block {
             let (start, end) = (rows.start, rows.end);
             self.attention_input(
                 compute,
-                parameters,
+                weights,
                 pass.rotary,
                 &pass.positions[rows],
                 &x[start * d..end * d],
@@ -380,17 +381,13 @@ impl Block {
         for rows in chunks(num_rows) {
             let (start, end, count) = (rows.start, rows.end, rows.len());
             let x = &mut x[start * d..end * d];
-            self.attention_output(
-                compute,
-                parameters,
-                &attended[start * query..end * query],
-                x,
-            );
+            self.attention_output(compute, weights, &attended[start * query..end * query], x);
             let normed = &mut scratch.normed[..count * d];
-            self.mlp_norm.forward(compute, parameters, x, normed, None);
+            self.mlp_norm
+                .forward(compute, weights.base, x, normed, None);
             let pre = &mut scratch.pre[..count * self.mlp.up.outputs];
             let active = &mut scratch.active[..count * self.mlp.width];
-            self.mlp_output(compute, parameters, normed, pre, active, x);
+            self.mlp_output(compute, weights, normed, pre, active, x);
         }
     }
 
@@ -409,7 +406,7 @@ impl Block {
     pub(crate) fn backward(
         &self,
         pass: &Pass<'_>,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         kept: &mut BlockActivations<'_>,
         d_x: &mut [f32],
         scratch: &mut BlockScratch,
@@ -448,13 +445,13 @@ impl Block {
     fn backward_mlp(
         &self,
         pass: &Pass<'_>,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         kept: &BlockActivations<'_>,
         rows: &Range<usize>,
         d_x: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let (compute, parameters) = (pass.compute, pass.parameters);
+        let (compute, weights) = (pass.compute, pass.weights);
         let (count, d, width, up) = (
             rows.len(),
             self.mlp_norm.size,
@@ -467,7 +464,7 @@ impl Block {
         let normed = &mut scratch.normed[..count * d];
         let moments = &mut scratch.moments[..count];
         self.mlp_norm
-            .recompute(compute, parameters, middle, normed, moments);
+            .recompute(compute, weights.base, middle, normed, moments);
         let active = &mut scratch.active[..count * width];
         self.mlp.activate(compute, pre, active);
 
@@ -480,14 +477,18 @@ impl Block {
             }
         };
         let d_branch = Mat::new(d_branch, count, d);
-        self.mlp
-            .down
-            .backward_weight(compute, gradients, d_branch, Mat::new(active, count, width));
+        self.mlp.down.backward_weight(
+            compute,
+            weights,
+            gradients,
+            d_branch,
+            Mat::new(active, count, width),
+        );
         // The activations are no longer needed: their gradient takes their place.
         let d_active = active;
         self.mlp.down.backward_input(
             compute,
-            parameters,
+            weights,
             d_branch,
             MatMut::new(d_active, count, width),
             false,
@@ -495,13 +496,17 @@ impl Block {
         let d_pre = &mut scratch.pre[..count * up];
         self.mlp.activate_backward(compute, pre, d_active, d_pre);
         let d_pre = Mat::new(d_pre, count, up);
-        self.mlp
-            .up
-            .backward_weight(compute, gradients, d_pre, Mat::new(normed, count, d));
+        self.mlp.up.backward_weight(
+            compute,
+            weights,
+            gradients,
+            d_pre,
+            Mat::new(normed, count, d),
+        );
         let d_normed = &mut scratch.d_normed[..count * d];
         self.mlp.up.backward_input(
             compute,
-            parameters,
+            weights,
             d_pre,
             MatMut::new(d_normed, count, d),
             false,
@@ -511,8 +516,8 @@ impl Block {
         };
         self.mlp_norm.backward(
             compute,
-            parameters,
-            gradients,
+            weights.base,
+            gradients.base(),
             middle,
             moments,
             d_normed,
@@ -524,14 +529,14 @@ impl Block {
     fn backward_attention_output(
         &self,
         pass: &Pass<'_>,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         attended: &[f32],
         rows: &Range<usize>,
         d_x: &[f32],
         d_attended: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let compute = pass.compute;
+        let (compute, weights) = (pass.compute, pass.weights);
         let (count, d, query) = (
             rows.len(),
             self.attention_norm.size,
@@ -561,11 +566,11 @@ impl Block {
         );
         self.attention
             .output
-            .backward_weight(compute, gradients, d_branch, attended);
+            .backward_weight(compute, weights, gradients, d_branch, attended);
         let d_attended = MatMut::new(d_attended, count, query);
         self.attention
             .output
-            .backward_input(compute, pass.parameters, d_branch, d_attended, false);
+            .backward_input(compute, pass.weights, d_branch, d_attended, false);
     }
 
     fn backward_attend(
@@ -582,7 +587,7 @@ impl Block {
         if let Some(norms) = &self.attention.head_norms {
             self.attention.norm_and_rotate(
                 compute,
-                pass.parameters,
+                pass.weights.base,
                 norms,
                 pass.rotary,
                 pass.positions,
@@ -606,14 +611,14 @@ impl Block {
     fn backward_attention_input(
         &self,
         pass: &Pass<'_>,
-        gradients: &mut [f32],
+        gradients: &mut Gradients<'_>,
         kept: &BlockActivations<'_>,
         rows: &Range<usize>,
         d_qkv: &mut [f32],
         d_x: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let (compute, parameters) = (pass.compute, pass.parameters);
+        let (compute, weights) = (pass.compute, pass.weights);
         let (count, d, width) = (
             rows.len(),
             self.attention_norm.size,
@@ -625,8 +630,8 @@ impl Block {
         let d_qkv = &mut d_qkv[rows.start * width..rows.end * width];
         self.attention.rotate_backward(
             compute,
-            parameters,
-            gradients,
+            weights.base,
+            gradients.base(),
             pass.rotary,
             &pass.positions[rows.clone()],
             &kept.qkv[rows.start * width..rows.end * width],
@@ -638,23 +643,27 @@ impl Block {
         let normed = &mut scratch.normed[..count * d];
         let moments = &mut scratch.moments[..count];
         self.attention_norm
-            .recompute(compute, parameters, x, normed, moments);
+            .recompute(compute, weights.base, x, normed, moments);
         let d_qkv = Mat::new(d_qkv, count, width);
-        self.attention
-            .qkv
-            .backward_weight(compute, gradients, d_qkv, Mat::new(normed, count, d));
+        self.attention.qkv.backward_weight(
+            compute,
+            weights,
+            gradients,
+            d_qkv,
+            Mat::new(normed, count, d),
+        );
         let d_normed = &mut scratch.d_normed[..count * d];
         self.attention.qkv.backward_input(
             compute,
-            parameters,
+            weights,
             d_qkv,
             MatMut::new(d_normed, count, d),
             false,
         );
         self.attention_norm.backward(
             compute,
-            parameters,
-            gradients,
+            weights.base,
+            gradients.base(),
             x,
             moments,
             d_normed,

@@ -5,6 +5,7 @@ use ingot_kernels::{Mat, MatMut};
 
 use super::{Compute, Linear, ROWS_PER_ITEM};
 use crate::ActivationKind;
+use crate::adapter::Weights;
 
 /// Sizes and tensors of an MLP.
 #[derive(Clone, Debug)]
@@ -23,7 +24,7 @@ impl Mlp {
     pub(crate) fn expand(
         &self,
         compute: &Compute,
-        parameters: &[f32],
+        weights: Weights<'_>,
         x: Mat<'_>,
         pre: &mut [f32],
         active: &mut [f32],
@@ -31,7 +32,7 @@ impl Mlp {
         let rows = x.num_rows();
         self.up.forward(
             compute,
-            parameters,
+            weights,
             x,
             MatMut::new(pre, rows, self.up.outputs),
             false,

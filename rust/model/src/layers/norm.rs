@@ -167,7 +167,7 @@ impl Norm {
         &self,
         compute: &Compute,
         parameters: &[f32],
-        gradients: &mut [f32],
+        gradients: Option<&mut [f32]>,
         x: &[f32],
         moments: &[RowMoments],
         d_out: &[f32],
@@ -185,7 +185,7 @@ impl Norm {
         &self,
         compute: &Compute,
         parameters: &[f32],
-        gradients: &mut [f32],
+        gradients: Option<&mut [f32]>,
         x: &[f32],
         moments: &[RowMoments],
         d_out: &[f32],
@@ -223,6 +223,9 @@ impl Norm {
                 }
             },
         );
+        let Some(gradients) = gradients else {
+            return;
+        };
         let partials = Mat::new(partials, num_items, 2 * self.size);
         let mut add = |columns, offset| {
             let sum = &mut gradients[offset..offset + self.size];
