@@ -248,7 +248,7 @@ def test_a_critic_of_its_own_starts_as_the_reward_model(root, tmp_path):
     [
         {"kl_penalty": "loss", "kl_estimator": "k2", "kl_coef": 0.1},
         {"kl_penalty": "loss", "kl_estimator": "k3", "kl_coef": 0.1, "kl_target": None},
-        {"kl_estimator": "k3", "whiten_rewards": True, "whiten_advantages": False},
+        {"whiten_rewards": True, "whiten_advantages": False},
         {"delta": 3.0, "cliprange_value": None, "sampling_ratio_cap": 2.0, "adam_eps_mode": "tf"},
         {"temperature": 0.7, "missing_eos": "replace", "missing_eos_penalty": 2.0, "export_by": "last"},
         {"missing_eos_penalty": None, "total_episodes": 7, "max_steps": None, "export_by": "objective"},
@@ -465,6 +465,7 @@ def test_settings_that_cannot_be_are_refused():
     for changes, message in (
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"kl_penalty": "loss"}, "kl_estimator k1 teaches nothing as a loss"),
+        ({"kl_estimator": "k3"}, "kl_estimator k3 in the reward does not hold the policy"),
         ({"critic": "reward_model"}, "critic reward_model needs a reward model"),
         ({"critic_learning_rate": 1e-3}, "critic_learning_rate is of a critic of its own"),
         ({"export_by": "judge"}, "export_by judge needs --judge"),

@@ -44,7 +44,7 @@ class PPOConfig(OnlineConfig):
     kl_coef: float = 0.1
     """Weight of the KL to the reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimate of the KL from sampled tokens: k1 is unbiased; k3 too, and has less variance."""
+    """Estimate of the KL from sampled tokens: k1 where it is taken off the reward, k2 or k3 where it is a loss."""
     kl_penalty: Literal["reward", "loss"] = "reward"
     """Take the KL off the reward, or add it to the loss (k2: KL of the policy to the reference; k3: of the reference to the policy)."""
     kl_target: float | None = None
@@ -102,6 +102,11 @@ class PPOConfig(OnlineConfig):
         require(
             self.kl_penalty == "reward" or self.kl_estimator != "k1",
             "kl_estimator k1 teaches nothing as a loss: give --kl-estimator k2 or k3, or --kl-penalty reward",
+        )
+        require(
+            self.kl_penalty == "loss" or self.kl_estimator == "k1",
+            f"kl_estimator {self.kl_estimator} in the reward does not hold the policy (its own gradient is missing there): "
+            "give --kl-estimator k1, or --kl-penalty loss",
         )
         require(
             self.kl_target is None or self.kl_coef > 0.0,
