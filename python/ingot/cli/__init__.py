@@ -35,7 +35,7 @@ class Entry:
 
 
 COMMANDS: dict[str, Entry] = {
-    "demo": Entry("demo", "Demo", "train the built-in small world and show what the model learned"),
+    "demo": Entry("demo", "Demo", "the whole path on a built-in small world, from raw text to an aligned model"),
     "tokenizer train": Entry("tokenizer", "Train", "learn a byte-level BPE vocabulary from text"),
     "tokenizer encode": Entry("tokenizer", "Encode", "turn a text file into token ids (.npy)"),
     "tokenizer decode": Entry("tokenizer", "Decode", "turn token ids back into the same bytes"),

@@ -9,7 +9,11 @@ from ingot.demo import DemoConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(DemoConfig):
-    """Train on the built-in small world, and show what the model can do before, during and after: no data, no torch."""
+    """The whole path on a built-in small world, each step measured and explained: no data, no torch.
+
+    Pretraining, fine-tuning on demonstrations, ranked answers, a reward model, PPO, and DPO beside it. The folder holds all models, the data
+    between them, and report.html. Ctrl-C stops; the same command goes on.
+    """
 
     def run(self) -> int:
         """Run the demo."""
