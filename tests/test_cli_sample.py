@@ -394,3 +394,47 @@ def test_bad_prompts_are_named(desk, tmp_path):
     assert "row 2: \"group_id\" '1' is that of row 1" in desk.error(prompts=path)
     assert "no such file" in desk.error(prompts=tmp_path / "gone.jsonl")
     assert "is also what is read" in desk.error(output=desk.prompts)
+
+
+def test_rejection_sampling_is_sampling_and_fine_tuning_in_turn(tmp_path, capsys):
+    """The best of eight goes straight into fine-tuning, and the model writes such answers by itself afterwards."""
+    from killable_dpo import write_chat_model
+
+    write_chat_model(tmp_path / "round0", initializer_range=0.1)
+    (tmp_path / "r.py").write_text(
+        "def letters(completions, **_):\n    return [sum('a' <= x <= 'z' for x in c[0]['content']) for c in completions]\n"
+    )
+    asked = [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(60)]
+    prompts = write(tmp_path / "prompts.jsonl", asked)
+    means = []
+    for number in range(3):
+        model, best = str(tmp_path / f"round{number}"), str(tmp_path / f"best{number}.jsonl")
+        common = ["--model", model, "--threads", "1"]
+        drawn = [
+            "--prompts",
+            str(prompts),
+            "--max-new-tokens",
+            "6",
+            "--reward",
+            f"{tmp_path}/r.py:letters",
+            "--best-of",
+            "8",
+        ]
+        assert main(["sample", *common, *drawn, "--output", best, "--json"]) == 0
+        means.append(json.loads(capsys.readouterr().out)["curve"][0]["reward"])
+        learned = [
+            "--data",
+            best,
+            "--output",
+            str(tmp_path / f"round{number + 1}"),
+            "--learning-rate",
+            "1e-2",
+            "--held-out",
+            "0",
+        ]
+        if number < 2:
+            assert main(["sft", *common, *learned, "--max-steps", "40", "--sample-tokens", "0", "--json"]) == 0
+            capsys.readouterr()
+    assert means[0] < 1.0
+    assert means[1] > means[0] + 0.2
+    assert means[2] > means[1] + 0.1

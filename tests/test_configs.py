@@ -143,7 +143,7 @@ def test_option_names_are_frozen():
             "warmup_ratio",
             "decay_ratio",
         ),
-        *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+        *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_eps_mode", "max_grad_norm"),
         *("logging_steps", "eval_steps", "eval_batches", "save_steps", "save_total_limit"),
         *("sample_prompt", "sample_tokens", "seed", "backend", "device", "precision", "threads", "level", "cache_dir"),
     }

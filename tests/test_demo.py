@@ -15,10 +15,16 @@ import ingot
 from ingot import world
 from ingot.cli import main
 from ingot.configs import PretrainConfig, load_recipe
+from ingot.data.rows import RankedList, read_rows
 from ingot.demo import DemoConfig, run
+from ingot.demo.course import BUDGETS_S, TARGETS
 from ingot.demo.measure import Sample, read, write
 from ingot.demo.page import draw_page
-from ingot.demo.show import EXERCISES, num_documents, num_exercises
+from ingot.demo.pretraining import EXERCISES, num_documents, num_exercises
+from ingot.demo.requests import conversation, demonstrations, merit, prompts, reward
+from ingot.demo.responses import paired_change
+from ingot.demo.story import STAGES as STORY
+from ingot.training.trainer import Trainer
 from ingot.world.vocabulary import ENDINGS, PEOPLE, PLACES, READERS, THINGS
 
 
@@ -26,7 +32,7 @@ from ingot.world.vocabulary import ENDINGS, PEOPLE, PLACES, READERS, THINGS
 def demo(tmp_path_factory):
     """A run that is long enough to learn something, and short enough for a test."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    report = run(DemoConfig(output=str(folder), max_steps=40, num_samples=30))
+    report = run(DemoConfig(output=str(folder), max_steps=40, num_samples=30, stages="pretrain"))
     return folder, report
 
 
@@ -107,14 +113,16 @@ def test_dry_run_leaves_no_folder(tmp_path):
 
 
 def test_json_prints_the_report_alone(tmp_path, capsys):
-    arguments = ["--max-steps", "2", "--num-samples", "3", "--json", "--seed", "4"]
+    arguments = ["--max-steps", "2", "--num-samples", "3", "--json", "--seed", "4", "--stages", "pretrain"]
     assert main(["demo", "--output", str(tmp_path / "run"), *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["seed"] == 4
     assert report == json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("fields", [{"max_steps": 0}, {"num_samples": 0}, {"seed": -1}, {"threads": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"max_steps": 0}, {"num_samples": 0}, {"num_requests": 0}, {"seed": -1}, {"threads": 0}]
+)
 def test_settings_that_make_no_sense_are_named(fields):
     with pytest.raises(ingot.ConfigError, match=next(iter(fields))):
         DemoConfig(**fields)
@@ -211,8 +219,151 @@ def test_the_long_recipe_reads_its_exercises_first_and_runs_out_of_nothing(train
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("recipe", ["world", "world-long"])
 def test_every_target_is_met(tmp_path, recipe, seed):
-    report = run(DemoConfig(output=str(tmp_path / "run"), recipe=recipe, seed=seed))
+    report = run(DemoConfig(output=str(tmp_path / "run"), recipe=recipe, seed=seed, stages="pretrain"))
     missed = {name: verdict for name, verdict in report["targets"].items() if not verdict["met"]}
+    assert missed == {}
+
+
+# The whole path
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """All stages, each cut as short as it can be."""
+    folder = tmp_path_factory.mktemp("demo") / "course"
+    return folder, run(DemoConfig(**CUT_SHORT, output=str(folder), json=True))
+
+
+CUT_SHORT = {"max_steps": 150, "num_samples": 12, "num_requests": 12}
+FIGURES = ("preferred", "follows_prompt", "well_formed", "diversity")
+
+
+def test_the_report_of_the_whole_path_has_every_figure(course):
+    folder, report = course
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
+    for name in FIGURES:
+        assert {f"{name}_before", f"{name}_after"} <= set(report)
+        assert f"{name}_after" in report["dpo"]
+    assert {"reward_accuracy", "kl", "elapsed_s", "total_s", "changes", "targets", "samples"} <= set(report)
+    assert [stage["name"] for stage in report["stages"]] == list(BUDGETS_S)
+    assert report["elapsed_s"] == pytest.approx(sum(stage["elapsed_s"] for stage in report["stages"]))
+    assert report["elapsed_s"] < report["total_s"]
+    assert set(report["targets"]) == set(TARGETS)
+    assert report["num_held_out"] == 12
+
+
+def test_each_stage_leaves_what_its_command_would(course):
+    folder, _ = course
+    for name in ("pretrain", "sft", "reward", "ppo", "dpo"):
+        assert json.loads((folder / name / "run.json").read_text())["finished"]
+    rows = {name: list(read_rows(str(folder / f"{name}.jsonl"))) for name in ("demonstrations", "prompts", "rankings")}
+    assert {type(row) for row in rows["rankings"]} == {RankedList}
+    assert all(len(row.responses) >= 2 for row in rows["rankings"])
+    # No prompt is a request of a held-out combination.
+    for row in rows["prompts"]:
+        request = world.parse_request(row.prompt[-1]["content"])
+        assert world.split_of(request.who, request.thing, request.place) == "train"
+
+
+def test_the_page_of_the_whole_path_needs_no_network(course):
+    folder, report = course
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = _Page()
+    page.feed(text)
+    assert [link for link in page.links if not link.startswith("#")] == []
+    assert not page.tags & {"link", "iframe", "img", "object"}
+    for stage in report["stages"]:
+        assert STORY[stage["name"]].title in text
+
+
+def test_a_finished_demo_is_not_done_again_but_told_again(course, capsys):
+    folder, report = course
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    again = run(DemoConfig(**CUT_SHORT, output=str(folder)))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "done before" in capsys.readouterr().out
+    for name in ("preferred_after", "kl", "reward_accuracy", "elapsed_s"):
+        assert again[name] == report[name]
+
+
+def test_a_demo_goes_on_after_an_interruption(course, tmp_path, monkeypatch):
+    """Stopped within a stage and begun again, it comes to the same figures."""
+    folder, report = course
+    config = DemoConfig(**CUT_SHORT, output=str(tmp_path / "run"), json=True)
+    stop = {"after": 3}
+
+    def interrupt(self, *_):
+        stop["after"] -= 1
+        if stop["after"] == 0:
+            self.stop.requested = True
+
+    monkeypatch.setattr(Trainer, "count", _with(Trainer.count, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert not json.loads((tmp_path / "run" / "pretrain" / "run.json").read_text())["finished"]
+    again = run(config)
+    for name in ("preferred_after", "kl", "reward_accuracy"):
+        assert again[name] == report[name]
+    looks = [[look["step"] for look in facts["history"]] for facts in _pretraining(folder, tmp_path / "run")]
+    assert looks[0] == looks[1]
+
+
+def _with(method, then):
+    def both(self, *arguments, **named):
+        method(self, *arguments, **named)
+        then(self)
+
+    return both
+
+
+def _pretraining(*folders):
+    return [json.loads((folder / "pretrain" / "report.json").read_text()) for folder in folders]
+
+
+def test_other_settings_or_other_files_in_the_folder_are_named(course, tmp_path):
+    folder, _ = course
+    with pytest.raises(ingot.RunError, match="holds a demo with seed 0, not 1"):
+        run(DemoConfig(**CUT_SHORT, output=str(folder), seed=1))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ingot.RunError, match=r"holds other files \(notes.txt\)"):
+        run(DemoConfig(**CUT_SHORT, output=str(tmp_path)))
+    (tmp_path / "notes.txt").rename(tmp_path / "stages.json")
+    with pytest.raises(ingot.RunError, match=r"stages\.json: damaged"):
+        run(DemoConfig(**CUT_SHORT, output=str(tmp_path)))
+
+
+def test_merit_is_the_rule_of_the_world():
+    for story in world.stories(3, "held_out", 50):
+        prompt = conversation(story.request)
+        assert merit(prompt, story.text) == (2.0 if world.pleases(story.prompt, story.text) else 1.0)
+        assert merit(prompt, story.text[:-1]) == 0.0
+        assert reward([prompt], [[{"role": "assistant", "content": story.text}]]) == [merit(prompt, story.text)]
+    with pytest.raises(ingot.DataError, match="no request"):
+        merit("Tell me something", "a story")
+
+
+def test_no_two_uses_of_the_world_share_a_story():
+    told = {story.text for story in world.stories(0, "train", 3000)}
+    shown = {row["messages"][-1]["content"] for row in demonstrations(0, 500)}
+    assert not told & shown
+    asked = [row["prompt"][-1]["content"] for row in prompts(0, 500)]
+    assert len(set(asked)) == 500
+
+
+def test_paired_changes_are_of_the_pairs():
+    before, after = np.array([0.0, 1.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0, 0.0])
+    change = paired_change(before, after)
+    assert change.mean == pytest.approx(0.25)
+    # Deviation of (1, 0, 0, 0) is 0.5, of its mean 0.25.
+    assert (change.low, change.high) == pytest.approx((0.25 - 1.96 * 0.25, 0.25 + 1.96 * 0.25))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_target_of_the_whole_path_is_met(tmp_path, seed):
+    report = run(DemoConfig(output=str(tmp_path / "run"), seed=seed, json=True))
+    missed = {name: target for name, target in report["targets"].items() if not target["met"]}
     assert missed == {}
 
 

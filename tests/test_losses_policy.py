@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ingot.errors import ConfigError
 from ingot.losses.advantages import generalized_advantages, penalize_missing_eos, token_rewards
-from ingot.losses.kl import kl_loss
+from ingot.losses.kl import kl_estimate, kl_loss
 from ingot.losses.packed import add_metrics, mean_weights
 from ingot.losses.policy import (
     GRPO_LOSS_TYPES,
@@ -148,14 +148,15 @@ def grpo_written_out(pack, x, old, a, loss_type, level, low, high, delta, beta, 
         if n == 0:
             continue
         lp, before = x[part][counted], torch.tensor(old[part])[counted]
+        advantages = torch.tensor(a[part])[counted] if len(a) == len(old) else torch.tensor(a[i]).expand(n)
         log_ratio = lp - before
         if level == "sequence":
             log_ratio = log_ratio.mean().expand(n)
         if loss_type == "cispo":
             rho = torch.exp(torch.clamp(log_ratio, -20, 20))
-            losses = -torch.clamp(rho, max=high).detach() * a[i] * lp
+            losses = -torch.clamp(rho, max=high).detach() * advantages * lp
         else:
-            losses = clipped(log_ratio, torch.tensor(a[i]), low, high, delta)
+            losses = clipped(log_ratio, advantages, low, high, delta)
         if beta:
             d = lp - torch.tensor(ref[part])[counted]
             losses = losses + beta * (torch.exp(torch.clamp(-d, -20, 20)) - 1 + d)
@@ -172,10 +173,17 @@ def grpo_written_out(pack, x, old, a, loss_type, level, low, high, delta, beta, 
 @pytest.mark.parametrize("loss_type", GRPO_LOSS_TYPES)
 @pytest.mark.parametrize("of", ["token", "sequence"])
 @settings(max_examples=40, deadline=None)
-@given(pack=packs(), scale=scales, delta=st.sampled_from([None, 4.0]), beta=st.sampled_from([0.0, 0.04]))
-def test_grpo_family(loss_type, of, pack: Pack, scale, delta, beta):
+@given(
+    pack=packs(),
+    scale=scales,
+    delta=st.sampled_from([None, 4.0]),
+    beta=st.sampled_from([0.0, 0.04]),
+    by_token=st.booleans(),
+)
+def test_grpo_family(loss_type, of, pack: Pack, scale, delta, beta, by_token):
     lp, old, ref = pack.logprobs(scale), pack.logprobs(scale), pack.logprobs(scale)
-    a = pack.rng.normal(size=pack.num_sequences)
+    assume(len(lp) != pack.num_sequences)
+    a = pack.rng.normal(size=len(lp) if by_token else pack.num_sequences)
     cispo = loss_type == "cispo"
     high = 5.0 if cispo else 0.28
     delta = None if cispo else delta
@@ -305,7 +313,7 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError):
         value_loss(lp, lp, lp, targets, num_tokens=2, cliprange_value=0.0)
     with pytest.raises(ValueError, match="advantages"):
-        grpo_loss(lp, lp, lp, targets, offsets, num_sequences=1, num_tokens=2)
+        grpo_loss(lp, lp, np.zeros(3), targets, offsets, num_sequences=1, num_tokens=2)
 
 
 def test_importance_weights_are_capped():
@@ -374,3 +382,19 @@ def test_the_kl_loss_chooses_the_optimum(kl_estimator, forward):
         expected = ref * np.exp(reward / beta)
         expected /= expected.sum()
     np.testing.assert_allclose(p, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+def test_only_k1_in_the_reward_leads_to_the_optimum_of_reward_less_kl(kl_estimator):
+    """The exact gradient of E[r - beta k] with k taken as a constant, for one step of eight letters of which one is worth 1."""
+    reward, beta, reference = np.eye(8)[0], 0.5, np.full(8, math.log(1 / 8))
+    theta = np.zeros(8)
+    for _ in range(4000):
+        logprobs = theta - np.log(np.exp(theta).sum())
+        score = reward - beta * kl_estimate(logprobs, reference, kl_estimator)[0]
+        theta = np.maximum(theta + 0.1 * np.exp(logprobs) * (score - np.exp(logprobs) @ score), -9.0)
+    optimum = math.exp(1 / beta) / (math.exp(1 / beta) + 7)
+    if kl_estimator == "k1":
+        assert np.exp(logprobs[0]) == pytest.approx(optimum, abs=1e-3)
+    else:
+        assert np.exp(logprobs[0]) > 0.9

@@ -18,10 +18,12 @@ from ingot.losses.preference import (
     LOSS_TYPES,
     SMOOTHED,
     Pairs,
+    bco_reference_point,
     cpo_loss,
     dpo_loss,
     kto_loss,
     kto_reference_point,
+    mixed_dpo_loss,
     orpo_loss,
 )
 from packs import gradients, leaf
@@ -351,16 +353,24 @@ def test_orpo_drops_certain_responses():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, scale=scales, loss_type=st.sampled_from(["kto", "apo_zero_unpaired"]))
-def test_kto(seed, scale, loss_type):
+@given(seed=seeds, scale=scales, loss_type=st.sampled_from(["kto", "apo_zero_unpaired", "bco"]), weighted=st.booleans())
+def test_kto(seed, scale, loss_type, weighted):
     rng = np.random.default_rng(seed)
     logps, ref = -np.abs(rng.normal(scale=scale, size=(2, 6)))
     labels = rng.random(6) < 0.5
-    kl = kto_reference_point(*-np.abs(rng.normal(scale=scale, size=(2, 6)))) if loss_type == "kto" else 0.0
+    weights = rng.uniform(0.1, 2, 6) if weighted else np.ones(6)
+    kl = 0.0
+    if loss_type == "kto":
+        kl = kto_reference_point(*-np.abs(rng.normal(scale=scale, size=(2, 6))))
+    if loss_type == "bco":
+        kl = bco_reference_point(logps, ref, labels, weights)
     lp = leaf(logps)
     x = 0.2 * (lp - torch.tensor(ref) - kl)
     good = torch.tensor(labels)
-    expected = torch.where(good, 1.3 * torch.sigmoid(-x), 0.7 * torch.sigmoid(x)).sum() / 12
+    losses = torch.where(good, 1.3 * torch.sigmoid(-x), 0.7 * torch.sigmoid(x))
+    if loss_type == "bco":
+        losses = torch.where(good, -1.3 * F.logsigmoid(x), -0.7 * F.logsigmoid(-x))
+    expected = (torch.tensor(weights) * losses).sum() / 12
     loss, d_logps, metrics = kto_loss(
         logps,
         ref,
@@ -368,6 +378,7 @@ def test_kto(seed, scale, loss_type):
         kl=kl,
         num_chosen=5,
         num_rejected=7,
+        weights=weights if weighted else None,
         loss_type=loss_type,
         beta=0.2,
         desirable_weight=1.3,
@@ -375,7 +386,7 @@ def test_kto(seed, scale, loss_type):
     )
     assert loss == pytest.approx(float(expected.detach()), rel=1e-10)
     np.testing.assert_allclose(d_logps, gradients(expected, lp)[0], rtol=1e-9, atol=1e-12)
-    assert metrics["rewards/chosen"] == pytest.approx(float((0.2 * (logps - ref))[labels].sum() / 5))
+    assert metrics["rewards/chosen"] == pytest.approx(float((0.2 * (logps - ref) * weights)[labels].sum() / 5))
     assert metrics["rewards/margins"] == metrics["rewards/chosen"] - metrics["rewards/rejected"]
 
 
@@ -403,6 +414,37 @@ def test_kto_reference_point_and_dropped_rows():
             num_rejected=0,
             loss_type="apo_zero_unpaired",
         )
+
+
+def test_bco_reference_point_is_the_middle_of_good_and_bad():
+    d, labels = np.array([3.0, 1.0, -2.0, np.nan]), np.array([True, True, False, False])
+    assert bco_reference_point(d, np.zeros(4), labels) == 0.0
+    assert bco_reference_point(d, np.zeros(4), labels, np.array([3.0, 1.0, 7.0, 1.0])) == 0.25
+    assert bco_reference_point(d[:2], np.zeros(2), labels[:2]) == 0.0
+
+
+def test_losses_of_pairs_add_up():
+    p = random_pairs(np.random.default_rng(8), 5, 5.0)
+    weights = np.array([0.5, 0.5, 1.0, 2.0, 1.0])
+    tokens = float(weights @ p.chosen_lengths)
+    mixture = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 0.3}
+    settings = {"num_pairs": 5.0, "weights": weights, "beta": 0.3}
+    loss, d_chosen, d_rejected, metrics = mixed_dpo_loss(
+        p, loss_types=mixture, num_chosen_tokens=tokens, label_smoothing=0.1, **settings
+    )
+    first = dpo_loss(p, loss_type="sigmoid", label_smoothing=0.1, **settings)
+    second = dpo_loss(p, loss_type="bco_pair", **settings)
+    nll = -float(weights @ p.chosen_logps) / tokens
+    assert loss == pytest.approx(0.8 * first[0] + 0.2 * second[0] + 0.3 * nll)
+    np.testing.assert_allclose(d_chosen, 0.8 * first[1] + 0.2 * second[1] - 0.3 * weights / tokens)
+    np.testing.assert_allclose(d_rejected, 0.8 * first[2] + 0.2 * second[2])
+    expected = {"loss": loss, "losses/sigmoid": first[0], "losses/bco_pair": second[0], "nll_loss": nll}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    alone = mixed_dpo_loss(p, loss_types={"ipo": 1.0}, **settings)
+    assert alone[3] == dpo_loss(p, loss_type="ipo", **settings)[3]
+    for wrong, message in (({"sft": 1.0}, "chosen responses alone"), ({"ipo": 1.0}, "label_smoothing has no effect")):
+        with pytest.raises(ConfigError, match=message):
+            mixed_dpo_loss(p, loss_types=wrong, label_smoothing=0.1, **settings)
 
 
 # What the optimum is.

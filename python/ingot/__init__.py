@@ -10,15 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingot._native import build_info
-    from ingot.configs import Architecture, ModelConfig, PretrainConfig, SFTConfig
+    from ingot.configs import (
+        Architecture,
+        DistillConfig,
+        DPOConfig,
+        GRPOConfig,
+        ModelConfig,
+        PPOConfig,
+        PretrainConfig,
+        RewardConfig,
+        SFTConfig,
+    )
     from ingot.data.corpus import Corpus
     from ingot.errors import CheckpointError, ConfigError, DataError, IngotError, RunError
+    from ingot.inference.compare import compare_models
     from ingot.inference.evaluate import evaluate
     from ingot.inference.generate import Completion, generate, stream
+    from ingot.inference.scoring import RewardModel
     from ingot.models import Model, Optimizer, ParameterGroup, Sampling, load_model
+    from ingot.reporting import report
     from ingot.tokenizer import Tokenizer
+    from ingot.training.distill import distill
+    from ingot.training.dpo import dpo
+    from ingot.training.grpo import grpo
+    from ingot.training.ppo import ppo
     from ingot.training.pretrain import PretrainResult, pretrain
     from ingot.training.resuming import resume
+    from ingot.training.reward_model import train_reward_model
     from ingot.training.sft import sft
     from ingot.training.trainer import TrainingResult
 
@@ -26,15 +44,33 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ingot._native": ("build_info",),
-    "ingot.configs": ("Architecture", "ModelConfig", "PretrainConfig", "SFTConfig"),
+    "ingot.configs": (
+        "Architecture",
+        "DPOConfig",
+        "DistillConfig",
+        "GRPOConfig",
+        "ModelConfig",
+        "PPOConfig",
+        "PretrainConfig",
+        "RewardConfig",
+        "SFTConfig",
+    ),
     "ingot.data.corpus": ("Corpus",),
     "ingot.errors": ("CheckpointError", "ConfigError", "DataError", "IngotError", "RunError"),
+    "ingot.inference.compare": ("compare_models",),
     "ingot.inference.evaluate": ("evaluate",),
     "ingot.inference.generate": ("Completion", "generate", "stream"),
+    "ingot.inference.scoring": ("RewardModel",),
     "ingot.models": ("Model", "Optimizer", "ParameterGroup", "Sampling", "load_model"),
+    "ingot.reporting": ("report",),
     "ingot.tokenizer": ("Tokenizer",),
+    "ingot.training.distill": ("distill",),
+    "ingot.training.dpo": ("dpo",),
+    "ingot.training.grpo": ("grpo",),
+    "ingot.training.ppo": ("ppo",),
     "ingot.training.pretrain": ("PretrainResult", "pretrain"),
     "ingot.training.resuming": ("resume",),
+    "ingot.training.reward_model": ("train_reward_model",),
     "ingot.training.sft": ("sft",),
     "ingot.training.trainer": ("TrainingResult",),
 }
@@ -46,14 +82,20 @@ __all__ = [
     "Completion",
     "ConfigError",
     "Corpus",
+    "DPOConfig",
     "DataError",
+    "DistillConfig",
+    "GRPOConfig",
     "IngotError",
     "Model",
     "ModelConfig",
     "Optimizer",
+    "PPOConfig",
     "ParameterGroup",
     "PretrainConfig",
     "PretrainResult",
+    "RewardConfig",
+    "RewardModel",
     "RunError",
     "SFTConfig",
     "Sampling",
@@ -61,13 +103,20 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "build_info",
+    "compare_models",
+    "distill",
+    "dpo",
     "evaluate",
     "generate",
+    "grpo",
     "load_model",
+    "ppo",
     "pretrain",
+    "report",
     "resume",
     "sft",
     "stream",
+    "train_reward_model",
 ]
 
 

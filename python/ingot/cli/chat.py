@@ -52,7 +52,9 @@ class Chat:
         from ingot.data.chat import ChatEncoder, ChatTemplate
         from ingot.inference.chat import Conversation, talk
         from ingot.models import Sampling
+        from ingot.models.hf import require_writer
 
+        require_writer(self.model)
         model = ingot.load_model(
             self.model, backend=self.backend, device=self.device, threads=self.threads, level=self.level
         )

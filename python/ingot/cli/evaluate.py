@@ -43,9 +43,11 @@ class Evaluate:
         """Measure and print."""
         import ingot
         from ingot.inference.evaluate import evaluate
+        from ingot.models.hf import require_writer
 
         if not self.data:
             raise ConfigError("no text to measure on: give --data with files or folders")
+        require_writer(self.model)
         model = ingot.load_model(
             self.model, backend=self.backend, device=self.device, threads=self.threads, level=self.level
         )

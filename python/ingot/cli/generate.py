@@ -61,9 +61,11 @@ class Generate:
         """Generate and print."""
         import ingot
         from ingot.inference.generate import generate, stream
+        from ingot.models.hf import require_writer
 
         if self.prompt is not None and self.prompts is not None:
             raise ConfigError("give --prompt or --prompts, not both")
+        require_writer(self.model)
         model = ingot.load_model(
             self.model, backend=self.backend, device=self.device, threads=self.threads, level=self.level
         )

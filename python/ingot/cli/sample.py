@@ -41,7 +41,7 @@ class Sample:
     duplicates: Literal["redraw", "drop"] = "redraw"
     """What to do with a response that is empty or that its prompt has already: draw it again (a few times), or drop it."""
     reward: UseAppendAction[tuple[str, ...]] = ()
-    """Score responses: ./file.py:FUNCTION or package.module.FUNCTION; may be given several times."""
+    """Score responses: ./file.py:FUNCTION, package.module.FUNCTION or the folder of a reward model (FOLDER:CRITERION for one of its criteria); may be given several times."""
     reward_weights: tuple[float, ...] | None = None
     """One number for each --reward; 1 unless given."""
     reward_timeout: float = 600.0
@@ -73,7 +73,8 @@ class Sample:
 
         rewards = None
         if self.reward:
-            rewards = RewardFunctions(self.reward, self.reward_weights, timeout_s=self.reward_timeout)
+            place = {"threads": self.threads, "backend": self.backend, "device": self.device}
+            rewards = RewardFunctions(self.reward, self.reward_weights, timeout_s=self.reward_timeout, place=place)
         elif self.reward_weights is not None:
             from ingot.errors import ConfigError
 

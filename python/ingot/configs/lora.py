@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from ingot.configs.checks import require
 from ingot.configs.training import TrainingConfig
@@ -27,16 +25,3 @@ class LoraConfig(TrainingConfig):
         require(self.lora_rank >= 0, f"lora_rank must be 0 (train all weights) or more, got {self.lora_rank}")
         require(self.lora_alpha > 0, f"lora_alpha must be positive, got {self.lora_alpha}")
         require(bool(self.lora_target_modules), "lora_target_modules names no layer: give all-linear, or some names")
-
-    @classmethod
-    def fields_of(cls, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """The keyword arguments that a TOML table holds, checked by name."""
-        values = super().fields_of(fields, source)
-        if "lora_target_modules" in values:
-            names = values["lora_target_modules"]
-            values["lora_target_modules"] = (names,) if isinstance(names, str) else tuple(names)
-        return values
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values, in the shape that a TOML file has."""
-        return super().to_dict() | {"lora_target_modules": list(self.lora_target_modules)}

@@ -13,11 +13,9 @@ Level = Literal["portable", "avx2", "avx512"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class RunConfig:
     """What every phase of training is told: how long, how fast, how often it looks and saves, and on what it computes."""
 
-    data: tuple[str, ...] = ()
-    """What to learn from: files."""
     output: str = "runs/run"
     """The run's folder: model, tokenizer, checkpoints, metrics and curves."""
     held_out: float = 0.1
@@ -50,6 +48,8 @@ class TrainingConfig:
     """Decay of AdamW's second moment."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
+    adam_eps_mode: Literal["torch", "tf"] = "torch"
+    """torch adds epsilon after the correction of the moments' bias; tf before, which makes the first steps smaller."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
     logging_steps: int = 10
@@ -62,8 +62,6 @@ class TrainingConfig:
     """Steps between two checkpoints; as eval_steps unless given."""
     save_total_limit: int = 2
     """Keep this many of the newest checkpoints, and the best one."""
-    sample_tokens: int = 100
-    """Length of the samples at each evaluation; 0 for none."""
     seed: int = 0
     """Of new weights, the order of the data, dropout and samples."""
     backend: Backend = "native"
@@ -89,7 +87,6 @@ class TrainingConfig:
         require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
         require(self.max_grad_norm >= 0, f"max_grad_norm must not be negative, got {self.max_grad_norm}")
         require(self.save_total_limit >= 1, f"save_total_limit must be at least 1, got {self.save_total_limit}")
-        require(self.sample_tokens >= 0, f"sample_tokens must not be negative, got {self.sample_tokens}")
         require(
             self.num_train_epochs is None or self.num_train_epochs > 0,
             f"num_train_epochs must be positive, got {self.num_train_epochs}",
@@ -106,22 +103,45 @@ class TrainingConfig:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values, in the shape that a TOML file has."""
-        fields = dataclasses.asdict(self)
-        fields["data"] = list(self.data)
-        return {name: value for name, value in fields.items() if value is not None}
+        """All fields as plain values, in the shape that a TOML file has: what is None by default is left out, another None is "none"."""
+        values = dataclasses.asdict(self)
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = values[field.name]
+            if value is not None or field.default is not None:
+                plain[field.name] = "none" if value is None else list(value) if isinstance(value, tuple) else value
+        return plain
 
     @classmethod
     def fields_of(cls, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
         """The keyword arguments that a TOML table holds, checked by name."""
         check_keys(cls, fields, source)
         values = dict(fields)
-        if "data" in values:
-            data = values["data"]
-            values["data"] = (data,) if isinstance(data, str) else tuple(data)
+        for field in dataclasses.fields(cls):
+            value = values.get(field.name)
+            if isinstance(value, list):
+                values[field.name] = tuple(value)
+            elif isinstance(field.default, tuple) and isinstance(value, str):
+                values[field.name] = (value,)
+            elif value == "none" and field.default is not None and "None" in str(field.type):
+                values[field.name] = None
         return values
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "configuration") -> Self:
         """Built from such a mapping, over the defaults; unknown keys are errors that name the nearest one and ``source``."""
         return cls(**cls.fields_of(fields, source))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """A phase that learns from files and shows what the model writes."""
+
+    data: tuple[str, ...] = ()
+    """What to learn from: files."""
+    sample_tokens: int = 100
+    """Length of the samples at each evaluation; 0 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.sample_tokens >= 0, f"sample_tokens must not be negative, got {self.sample_tokens}")

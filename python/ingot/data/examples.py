@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -144,6 +145,44 @@ class Examples:
             )
         train, held = ([n for n, found in enumerate(sides) if found == side] for side in ("train", "held_out"))
         return self.select(train), self.select(held)
+
+
+def first_prompts(examples: Examples, count: int, longest: int) -> list[list[int]]:
+    """Ids up to the first trained token of ``count`` rows, of at most ``longest`` tokens and different from one another."""
+    prompts: dict[tuple[int, ...], None] = {}
+    for sequence, *_ in examples.groups:
+        if len(prompts) == count:
+            break
+        # A text without a prompt is continued from its first token.
+        end = max(1, int(np.argmax(sequence.mask)))
+        if end <= longest:
+            prompts.setdefault(tuple(sequence.ids[:end].tolist()))
+    return [list(prompt) for prompt in prompts]
+
+
+def next_fit(examples: Examples, pack_length: int, seed: int) -> list[list[int]]:
+    """Numbers of all examples in an order of their own, cut into packs: to look at all, or at a sample of them."""
+    packs: list[list[int]] = []
+    room = 0
+    lengths = examples.lengths()
+    order = Order(len(examples), seed, 0) if len(examples) else ()
+    for place in (order[index] for index in range(len(order))):
+        if not packs or lengths[place] > room:
+            packs.append([])
+            room = pack_length
+        packs[-1].append(place)
+        room -= int(lengths[place])
+    return packs
+
+
+def hash_of(examples: Examples) -> str:
+    """sha256, as hex, of ids and masks: of rows, template, tokenizer and the longest length at once."""
+    digest = hashlib.sha256()
+    for sequence in itertools.chain(*examples.groups):
+        digest.update(len(sequence).to_bytes(8, "little"))
+        digest.update(sequence.ids.tobytes())
+        digest.update(np.packbits(sequence.mask).tobytes())
+    return digest.hexdigest()
 
 
 def load_examples(

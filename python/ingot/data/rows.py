@@ -5,7 +5,7 @@
 | language modelling | ``text``, or ``messages`` |
 | prompt-only | ``prompt`` |
 | prompt-completion | ``prompt``, ``completion``; ``question``, ``answer`` are read as a user's and the assistant's message |
-| preference | ``chosen``, ``rejected``; ``prompt`` unless both begin with it; optional ``margin``, ``weight``, ``group_id`` |
+| preference | ``chosen``, ``rejected``; ``prompt`` unless both begin with it; optional ``margin``, ``weight``, ``group_id``; reward models also read ``soft_label``, ``criterion``, ``annotator`` |
 | unpaired preference | ``prompt``, ``completion``, ``label`` (true: wanted) |
 | stepwise supervision | ``prompt``, ``completions`` (steps), ``labels`` (true: right) |
 | ranked list | ``prompt``, ``responses`` (two or more), ``ranks`` (1 best, equal: tie); optional ``group_id``, ``annotator``, ``criterion``; judgements of ``ingot label`` also ``id``, ``status``, ``revises`` |

@@ -1,4 +1,4 @@
-"""``ingot demo``: train on the built-in small world, and show what the model can do before, during and after.
+"""``ingot demo``: the whole path on the built-in small world, from raw text to an aligned model, and what each stage changed.
 
 This module stays light: everything heavy is imported inside :func:`run`.
 """
@@ -16,15 +16,22 @@ class DemoConfig:
     """The demo: a recipe, a seed, and where to put the model and the report."""
 
     output: str = "runs/demo"
-    """Folder for the model, report.html and report.json."""
+    """Folder for the models, the data between them, report.html and report.json. The same command goes on with an interrupted demo."""
     recipe: Literal["world", "world-long"] = "world"
     """world: about four minutes on two cores; world-long: until questions about a story are answered too."""
+    stages: Literal["all", "pretrain"] = "all"
+    """all: pretraining, fine-tuning, rankings, reward model, PPO and DPO; pretrain: the first of them alone."""
+    label: Literal["rule", "me"] = "rule"
+    """Who ranks the answers: the world's rule with some noise, or you, in the terminal."""
     seed: int = 0
     """Of the stories, the initial weights and the samples."""
     max_steps: int | None = None
-    """Steps of training; those of the recipe unless given. A few dozen show how it works, not what it reaches."""
+    """Steps of pretraining; those of the recipe unless given. The other stages are cut in proportion. A few dozen show how it works, not what
+    it reaches."""
     num_samples: int = 1000
-    """Stories that the finished model writes, and held-out documents that it is measured on."""
+    """Stories that the pretrained model writes, and held-out documents that it is measured on."""
+    num_requests: int = 4000
+    """Held-out requests that the policies are measured on in the end."""
     threads: int | None = None
     """CPU threads; what affinity and the container allow unless given."""
     level: Literal["portable", "avx2", "avx512"] | None = None
@@ -35,7 +42,7 @@ class DemoConfig:
     """Print the report as JSON instead of the progress."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "num_samples", "threads"):
+        for name in ("max_steps", "num_samples", "num_requests", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -49,13 +56,13 @@ def run(config: DemoConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        The content of report.json; empty for a dry run.
+        The content of report.json (that of pretraining for the first stage alone); empty for a dry run.
 
     Raises
     ------
     IngotError
         One line that says what is wrong, as :func:`ingot.pretrain` does.
     """
-    from ingot.demo.show import show
+    from ingot.demo.course import run_course
 
-    return show(config)
+    return run_course(config)

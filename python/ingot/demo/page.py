@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from ingot import world
 from ingot.demo.measure import Sample
-from ingot.training.report import Series, draw_chart
+from ingot.reporting.charts import SMALL, Series, draw_chart
+from ingot.reporting.page import render
 
 Answers = Sequence[tuple[world.Document, Sequence[str]]]
 
@@ -32,10 +32,6 @@ def draw_page(
     answers
         Held-out documents, and what the finished model answers to their questions.
     """
-    from jinja2.sandbox import SandboxedEnvironment
-
-    environment = SandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((resources.files("ingot") / "templates" / "demo.html").read_text("utf-8"))
     stages = [looks[0], looks[len(looks) // 4], looks[len(looks) // 2]] if len(looks) > 3 else list(looks)
     steps: dict[int, Sequence[Sample]] = {step: samples for step, samples in stages if step < report["steps"]}
     steps[report["steps"]] = final
@@ -44,7 +40,8 @@ def draw_page(
         for number, sample in enumerate(final)
     ]
     asked = [(document, list(zip(document.questions, given, strict=True))) for document, given in answers]
-    return template.render(
+    return render(
+        "demo.html",
         report=report,
         loss_chart=_loss_chart(report),
         score_chart=_score_chart(report),
@@ -64,6 +61,7 @@ def _loss_chart(report: Mapping[str, Any]) -> str:
         "Held-out loss and its floor",
         "step",
         "nats per token",
+        frame=SMALL,
     )
 
 
@@ -84,4 +82,5 @@ def _score_chart(report: Mapping[str, Any]) -> str:
         "What its stories are like at temperature 1",
         "step",
         "per cent",
+        frame=SMALL,
     )

@@ -5,15 +5,24 @@ Everything is a conversation: the user asks for a story by its first line, and t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ingot import world
 from ingot.data.keys import Text
 from ingot.errors import DataError
+from ingot.feedback.candidates import read_candidates
+from ingot.feedback.criteria import Criterion
+from ingot.feedback.journal import Journal
+from ingot.feedback.session import Session
 from ingot.feedback.simulate import SimulatedLabeler
+from ingot.feedback.terminal import Keyboard, Labeler, Quit
 from ingot.feedback.texts import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Where each use of the world's numbered stories begins, so that none meets another's.
 _DEMONSTRATIONS = 1_000_000
@@ -57,10 +66,27 @@ def merit(prompt: Text, response: Text) -> float:
     DataError
         The prompt does not end with a request of the world.
     """
-    asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    asked = asked_by(prompt)
     if world.parse_request(asked) is None:
         raise DataError(f"the prompt is no request of the small world: {asked!r}")
     return float(world.merit(asked, plain(response).strip()))
+
+
+def quality(prompt: Text, response: Text) -> float:
+    """What the labeller goes by: :func:`merit`, and between stories without any, how much of what was asked and of the sentences is right."""
+    value = merit(prompt, response)
+    if value:
+        return value
+    request = world.parse_request(asked_by(prompt))
+    assert request is not None
+    found = world.check(plain(response).strip(), request)
+    right = sum(found.follows.values()) / len(found.follows)
+    return 0.25 * (right + found.num_well_formed / found.num_sentences)
+
+
+def asked_by(prompt: Text) -> str:
+    """The words of the last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def reward(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
@@ -69,5 +95,40 @@ def reward(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
 
 
 def labeler(seed: int, noise: float) -> SimulatedLabeler:
-    """Ranks by :func:`merit`; a share ``noise`` of its rankings comes out turned round."""
-    return SimulatedLabeler(score=merit, name="rule", noise=0.0, flip_rate=noise, seed=seed)
+    """Ranks by :func:`quality`; a share ``noise`` of its rankings comes out turned round."""
+    return SimulatedLabeler(score=quality, name="rule", noise=0.0, flip_rate=noise, seed=seed)
+
+
+_GUIDELINE = """\
+Which story would its reader rather have?
+- It does what the first line asks: the person, the thing, the place and the end that were asked for.
+- Its sentences are whole, and it stops where it is over.
+- After that, what you like: the model is going to learn your taste. The rule that is used where nobody ranks by hand prefers stories in which
+  a child or a king meets an animal, a farmer or a baker shares food, a sailor hears music and a poet sees something in the sky."""
+
+
+def label_by_hand(candidates: str, rankings: str, console: Console, seed: int) -> int:
+    """Let the person at the terminal rank responses until there are none left or ``q`` is typed; the number of rankings.
+
+    Raises
+    ------
+    DataError
+        Nothing was ranked.
+    """
+    session = Session(
+        read_candidates(candidates).groups,
+        Journal(rankings),
+        labeler="me",
+        criterion=Criterion("stories", _GUIDELINE),
+        seed=seed,
+    )
+    console.print(
+        "Rank what you like, then type q: the demo goes on with your rankings. A few dozen show how it works.\n"
+    )
+    with contextlib.suppress(Quit):
+        Labeler(session, console, Keyboard()).run(None)
+    if not session.done():
+        raise DataError(
+            "nothing was ranked, so there is nothing to learn from; the same command goes on with the ranking"
+        )
+    return session.done()

@@ -26,6 +26,7 @@ from ingot.json_lines import append_lines, is_row
 from ingot.losses.best_of_n import best_of_n_kl_bound, best_rows, expected_max
 from ingot.models import Backend, load_model
 from ingot.models.base import IntArray, Sampling
+from ingot.models.hf import require_writer
 from ingot.tokenizer import Tokenizer
 from ingot.training.interruption import Interruption
 from ingot.training.progress import Display, SilentDisplay
@@ -102,7 +103,7 @@ class SampleResult:
 
 
 @dataclasses.dataclass
-class _Writer:
+class Writer:
     """A model, what it sees and where its answers end."""
 
     source: str
@@ -112,7 +113,7 @@ class _Writer:
 
 
 @dataclasses.dataclass
-class _Group:
+class PromptGroup:
     """A prompt and its responses so far."""
 
     row: PromptOnly
@@ -202,9 +203,9 @@ def sample_candidates(
     }
     notices: list[str] = []
     there = _rows_there(output, settings, notices)
-    rows = _prompt_rows(prompts)
-    writers = [_writer(model, threads, backend, device) for model in models]
-    groups, too_long = _groups(rows, there, writers, size, prompts, notices)
+    rows = prompt_rows(prompts)
+    writers = [open_writer(model, threads, backend, device) for model in models]
+    groups, too_long = prompt_groups(rows, there, writers, size, prompts, notices)
     work = _Work(writers, output, settings, rewards, reward_threshold, duplicates if temperature else "drop", size)
     start = time.monotonic()
     interrupted = False
@@ -318,11 +319,22 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _prompt_rows(prompts: str | Path) -> list[PromptOnly]:
+def prompt_rows(prompts: str | Path) -> list[PromptOnly]:
+    """The prompts of a file; other columns are in ``extra``."""
     return [row for row in read_rows(prompts, (PromptOnly,)) if isinstance(row, PromptOnly)]
 
 
-def _writer(folder: str | Path, threads: int | None, backend: Backend, device: str | None) -> _Writer:
+def open_writer(folder: str | Path, threads: int | None, backend: Backend, device: str | None) -> Writer:
+    """Load a model that writes, with what it sees of prompts.
+
+    Raises
+    ------
+    ConfigError
+        The model scores instead of writing, or does not belong to its tokenizer.
+    CheckpointError
+        There is no model, or it is damaged.
+    """
+    require_writer(folder)
     model = load_model(folder, backend=backend, device=device, threads=threads)
     tokenizer = Tokenizer.from_file(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -331,19 +343,19 @@ def _writer(folder: str | Path, threads: int | None, backend: Backend, device: s
             "they do not belong together"
         )
     encoder = PromptEncoder(folder, tokenizer)
-    return _Writer(str(folder), model, encoder, banned_ids_of(tokenizer, model.config.vocab_size, encoder.end_ids))
+    return Writer(str(folder), model, encoder, banned_ids_of(tokenizer, model.config.vocab_size, encoder.end_ids))
 
 
-def _groups(
+def prompt_groups(
     rows: Sequence[PromptOnly],
     there: dict[str, dict[str, Any]],
-    writers: Sequence[_Writer],
+    writers: Sequence[Writer],
     size: int,
     file: str | Path,
     notices: list[str],
-) -> tuple[list[_Group], int]:
+) -> tuple[list[PromptGroup], int]:
     """What is to be drawn, and the number of prompts that no model can answer within its context."""
-    groups: list[_Group] = []
+    groups: list[PromptGroup] = []
     too_long: list[int] = []
     seen: dict[str, int] = {}
     copies: Counter[str] = Counter()
@@ -376,7 +388,7 @@ def _groups(
         ):
             too_long.append(row.number)
             continue
-        groups.append(_Group(row, group_id, ids, [""] * size, [False] * size))
+        groups.append(PromptGroup(row, group_id, ids, [""] * size, [False] * size))
     if too_long:
         context = min(writer.model.config.max_position_embeddings for writer in writers)
         notices.append(
@@ -391,7 +403,7 @@ class _Work:
 
     def __init__(
         self,
-        writers: Sequence[_Writer],
+        writers: Sequence[Writer],
         output: Path,
         settings: dict[str, Any],
         rewards: RewardFunctions | None,
@@ -408,8 +420,8 @@ class _Work:
         self._redraw = duplicates == "redraw"
         self._size = size
         self._streams: Sequence[EpisodeStream] = ()
-        self._jobs: dict[int, tuple[_Group, int]] = {}
-        self._settled: list[tuple[_Group, list[int]]] = []
+        self._jobs: dict[int, tuple[PromptGroup, int]] = {}
+        self._settled: list[tuple[PromptGroup, list[int]]] = []
         self._flushed_at = time.monotonic()
         self.scored: list[list[float | None]] = []
         self.notices: list[str] = []
@@ -420,7 +432,7 @@ class _Work:
     def num_tokens(self) -> int:
         return sum(stream.num_tokens for stream in self._streams)
 
-    def run(self, streams: Sequence[EpisodeStream], groups: Sequence[_Group], display: Display) -> bool:
+    def run(self, streams: Sequence[EpisodeStream], groups: Sequence[PromptGroup], display: Display) -> bool:
         """Draw all groups; whether it was interrupted."""
         self._streams = streams
         for group in groups:
@@ -445,12 +457,12 @@ class _Work:
             display.stop()
             return interruption.requested and any(stream.busy for stream in streams)
 
-    def _submit(self, group: _Group, places: Sequence[int]) -> None:
+    def _submit(self, group: PromptGroup, places: Sequence[int]) -> None:
         """Draw these responses of a group."""
         group.outstanding = len(places)
         for number, stream in enumerate(self._streams):
             own = [place for place in places if place % len(self._streams) == number]
-            ids = [_episode_id(group.group_id, place, group.redraws) for place in own]
+            ids = [episode_id_of(group.group_id, place, group.redraws) for place in own]
             self._jobs.update({episode: (group, place) for episode, place in zip(ids, own, strict=True)})
             # What completes a group goes first, so that groups are written early.
             stream.submit(group.prompts[number], ids, group.row.number, before_others=group.redraws > 0)
@@ -465,7 +477,7 @@ class _Work:
         if group.outstanding == 0:
             self._settle(group)
 
-    def _settle(self, group: _Group) -> None:
+    def _settle(self, group: PromptGroup) -> None:
         """All responses of a group are there: keep the group, or draw again what is empty or there twice."""
         places = range(self._size)
         filled = [place for place in places if group.texts[place].strip()]
@@ -502,7 +514,7 @@ class _Work:
                 self.notices.append(notice)
             self.num_written += len(rows)
 
-    def _score(self, settled: Sequence[tuple[_Group, list[int]]]) -> list[list[float | None]]:
+    def _score(self, settled: Sequence[tuple[PromptGroup, list[int]]]) -> list[list[float | None]]:
         """Rewards of all responses of each group (best of n), or of those that are kept; None where no function applies."""
         if self._rewards is None:
             return [[] for _ in settled]
@@ -520,7 +532,7 @@ class _Work:
             begin += len(places)
         return found
 
-    def _candidates_row(self, group: _Group, good: list[int], rewards: list[float | None]) -> dict[str, Any]:
+    def _candidates_row(self, group: PromptGroup, good: list[int], rewards: list[float | None]) -> dict[str, Any]:
         prompt = group.row.prompt
         row: dict[str, Any] = {
             "prompt": prompt,
@@ -533,7 +545,7 @@ class _Work:
             row["rewards"] = rewards
         return {**row, **self._common(group)}
 
-    def _best_row(self, group: _Group, good: list[int], rewards: list[float | None]) -> dict[str, Any] | None:
+    def _best_row(self, group: PromptGroup, good: list[int], rewards: list[float | None]) -> dict[str, Any] | None:
         self.scored.append(rewards)
         scores = np.full(self._size, np.nan)
         scores[good] = [np.nan if rewards[place] is None else rewards[place] for place in good]
@@ -559,12 +571,12 @@ class _Work:
     def _source(self, place: int) -> str:
         return self._writers[place % len(self._writers)].source
 
-    def _common(self, group: _Group) -> dict[str, Any]:
+    def _common(self, group: PromptGroup) -> dict[str, Any]:
         kept = {name: value for name, value in group.row.extra.items() if name not in _NOT_KEPT}
         return {"sampling": self._settings, **kept}
 
 
-def _episode_id(group_id: str, place: int, redraws: int) -> int:
+def episode_id_of(group_id: str, place: int, redraws: int) -> int:
     """63 bits that name a response of a prompt, whatever other prompts there are."""
     content = canonical(group_id, place, redraws)
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1

@@ -17,7 +17,7 @@ import numpy as np
 from ingot.errors import ConfigError
 from ingot.losses.kl import kl_estimate
 from ingot.losses.numerics import Bools, Float64, Floats, Ints, Metrics, f64, require_shape
-from ingot.losses.packed import last_counted, sum_by_sequence, usable
+from ingot.losses.packed import last_counted, sequence_ids, sum_by_sequence, usable
 
 
 def penalize_missing_eos(
@@ -27,6 +27,13 @@ def penalize_missing_eos(
     of a score (Ziegler et al. 2019)."""
     require_shape(np.shape(scores), ended=ended)
     return f64(np.where(ended, scores, (0.0 if replace else f64(scores)) - missing_eos_penalty))
+
+
+def soft_overlong_punishment(lengths: Ints, *, max_completion_length: int, soft_punish_cache: int) -> Float64:
+    """What responses of these lengths [S] lose, f64 [S]: 0 up to max_completion_length - soft_punish_cache tokens, from there linearly
+    to -1 at max_completion_length (Yu et al. 2025, eq. 13)."""
+    over = f64(lengths) - (max_completion_length - soft_punish_cache)
+    return -np.clip(over / soft_punish_cache, 0.0, 1.0)
 
 
 def token_rewards(
@@ -116,11 +123,20 @@ def generalized_advantages(
     require_shape((len(offsets) - 1,), end_values=end_values)
     r, v = (np.where(np.isfinite(x), f64(x), np.nan) for x in (rewards, values))
     advantages = np.zeros(len(targets))
-    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
-        next_value, advantage = 0.0 if end_values is None else float(end_values[i]), 0.0
-        for t in start + np.flatnonzero(targets[start:end] >= 0)[::-1]:
-            advantage = r[t] + gamma * next_value - v[t] + gamma * lam * advantage
-            advantages[t], next_value = advantage, v[t]
+    # Counted tokens by how many of their sequence come after them, so that a step back is taken in all sequences at once.
+    counted = np.flatnonzero(targets >= 0)
+    sequence = sequence_ids(offsets)[counted]
+    lengths = np.bincount(sequence, minlength=len(offsets) - 1)
+    after = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(len(counted))
+    order = np.argsort(after, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(after))])
+    next_value = np.zeros(len(lengths)) if end_values is None else f64(end_values).copy()
+    advantage = np.zeros(len(lengths))
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        of = sequence[order[begin:end]]
+        at = counted[order[begin:end]]
+        advantage[of] = r[at] + gamma * next_value[of] - v[at] + gamma * lam * advantage[of]
+        advantages[at], next_value[of] = advantage[of], v[at]
     return advantages, np.where(targets >= 0, advantages + v, 0.0)
 
 
@@ -196,6 +212,12 @@ def reinforce_plus_plus_advantages(rewards: Floats, targets: Ints, offsets: Ints
     """
     to_go, _ = generalized_advantages(rewards, np.zeros(len(targets)), targets, offsets, gamma=gamma, lam=1.0)
     return whiten(to_go, targets)
+
+
+def groups_with_signal(rewards: Floats, group_ids: Ints) -> Bools:
+    """bool [S]: whether the rewards of its group differ. Where they are all the same, no answer is better than another."""
+    _, std, _ = _by_group(rewards, group_ids)
+    return ~np.isclose(std, 0.0)
 
 
 def _by_group(rewards: Floats, group_ids: Ints) -> tuple[Float64, Float64, Metrics]:

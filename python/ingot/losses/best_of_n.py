@@ -17,12 +17,20 @@ def best_of_n_kl_bound(n: int) -> float:
 
 
 def expected_max(scores: Floats) -> Float64:
-    """f64 [N]: for n = 1 .. N an unbiased estimate of E[max of n draws] from N scores.
+    """f64 [N]: for n = 1 .. N an unbiased estimate of E[max of n draws] from N scores."""
+    return expected_of_best(scores, scores)
 
-    The mean of the maximum over all subsets of n of the scores, without listing them: in ascending order, the i-th (from 1) is the
-    largest of C(i - 1, n - 1) of the C(N, n) subsets.
+
+def expected_of_best(scores: Floats, values: Floats) -> Float64:
+    """f64 [N]: for n = 1 .. N an unbiased estimate of E[value of the one of n draws with the highest score] from N draws.
+
+    The mean over all subsets of n of the draws, without listing them: in ascending order of score, the i-th (from 1) is the best of
+    C(i - 1, n - 1) of the C(N, n) subsets. Of equal scores any may be the best: each stands for their mean value.
     """
-    ordered = np.sort(f64(scores))
+    order = np.argsort(f64(scores), kind="stable")
+    _, owner = np.unique(f64(scores)[order], return_inverse=True)
+    ordered = f64(values)[order]
+    ordered = (np.bincount(owner, ordered) / np.bincount(owner))[owner] if len(ordered) else ordered
     num = len(ordered)
     i = np.arange(num)
     estimates = np.empty(num)

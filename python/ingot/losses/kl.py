@@ -7,7 +7,8 @@ divergence"):
 - k2 = d^2 / 2: biased, low variance;
 - k3 = e^-d - 1 + d: unbiased, low variance, never negative.
 
-As a reward any of them works. As a loss what counts is the gradient, and there they are three different things: E[grad k1] = 0;
+As a reward, which is a constant to the gradient, only k1 leads to ref e^(reward / beta) / Z: with k2 and k3 tokens that became unlikely
+are the dear ones, so that a step away from ref makes the next one cheaper. As a loss what counts is the gradient: E[grad k1] = 0;
 E[grad k2] is the gradient of KL(pi || ref); E[grad k3] is that of KL(ref || pi), whose optimum is another policy.
 """
 

@@ -238,7 +238,7 @@ def grpo_loss(
     logprobs, old_logprobs
         [N].
     advantages
-        [S], constants.
+        [S], or [N] where they differ by token (one for each token is taken as [S] where S = N); constants.
     targets, offsets
         The pack.
     num_sequences, num_tokens
@@ -275,13 +275,15 @@ def grpo_loss(
         _check_clipping(epsilon, high_bound, delta)
 
     num, ids = len(offsets) - 1, sequence_ids(offsets)
-    require_shape((num,), advantages=advantages)
+    if np.shape(advantages) == (num,):
+        advantages = f64(advantages)[ids]
+    require_shape(targets.shape, advantages=advantages)
     by_sequence = importance_sampling_level == "sequence"
-    keep, dropped = usable(targets, logprobs, old_logprobs, f64(advantages)[ids], ref_logprobs)
+    keep, dropped = usable(targets, logprobs, old_logprobs, advantages, ref_logprobs)
     if by_sequence:  # a ratio over a part of the response would be another one
         broken = np.bincount(ids, (targets >= 0) & ~keep, minlength=num) > 0
         keep &= ~broken[ids]
-    a = np.where(keep, f64(advantages)[ids], 0.0)
+    a = np.where(keep, f64(advantages), 0.0)
     lp = np.where(keep, f64(logprobs), 0.0)
     log_ratio = lp - np.where(keep, old_logprobs, 0.0)
     lengths = np.maximum(count_by_sequence(targets, offsets), 1)
@@ -300,8 +302,9 @@ def grpo_loss(
         clips = {"cispo_clip_ratio": keep & (rho > high_bound) & (a > 0)}
     else:
         losses, d_log_ratio, low, high = _clipped_surrogate(log_ratio, a, epsilon, high_bound, delta)
-        # By sequence all of its n tokens share one ratio, and each moves its logarithm by 1 / n: n w d / n, the same again.
         d_logprobs = weights * d_log_ratio
+        if by_sequence:  # its n tokens share one ratio, and each moves its logarithm by 1 / n
+            d_logprobs = np.where(keep, (np.bincount(ids, d_logprobs, minlength=num) / lengths)[ids], 0.0)
         clips = {
             "clip_ratio/low_mean": keep & low,
             "clip_ratio/high_mean": keep & high,

@@ -281,6 +281,9 @@ CPO_LOSS_TYPES: Mapping[str, Callable[[Pairs, Settings], Terms]] = {
 }
 """``loss_type`` of :func:`cpo_loss` -> its terms, of pairs without reference."""
 
+KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco")
+"""``loss_type`` of :func:`kto_loss`."""
+
 SMOOTHED = frozenset({"sigmoid", "robust", "sigmoid_norm", "exo_pair", "aot", "aot_unpaired", "simpo"})
 """Loss types that use ``label_smoothing``."""
 
@@ -385,6 +388,92 @@ def dpo_loss(
     return loss, d_chosen, d_rejected, metrics
 
 
+def chosen_nll_loss(pairs: Pairs, *, num_chosen_tokens: float, weights: Floats | None = None) -> tuple[float, Float64]:
+    """Fine-tuning on the chosen responses beside a preference loss: -sum_pairs w l_c / num_chosen_tokens, the mean loss per token.
+
+    Parameters
+    ----------
+    num_chosen_tokens
+        Tokens of the chosen responses in the whole step, those of a pair times its weight.
+    weights
+        As :func:`dpo_loss`.
+
+    Returns
+    -------
+    loss, d_chosen_logps
+        f64; f64 [B], 0 for pairs that are not finite.
+    """
+    keep = pairs.finite
+    by_token = np.zeros(keep.shape)
+    by_token[keep] = _shares(weights, keep, num_chosen_tokens)
+    return -float(by_token[keep] @ pairs.chosen_logps[keep]), -by_token
+
+
+def mixed_dpo_loss(
+    pairs: Pairs,
+    *,
+    loss_types: Mapping[str, float],
+    num_pairs: float,
+    num_chosen_tokens: float = 0.0,
+    weights: Floats | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
+) -> tuple[float, Float64, Float64, Metrics]:
+    """A weighted sum of losses of the DPO family and of fine-tuning on the chosen response (``sft``).
+
+    With sigmoid and sft it is DPO with a likelihood term (Pang et al. 2024, "RPO"), with sigmoid, bco_pair and sft mixed preference
+    optimization (Wang et al. 2024).
+
+    Parameters
+    ----------
+    loss_types
+        :data:`LOSS_TYPES` or ``sft`` -> weight.
+    num_chosen_tokens
+        As :func:`chosen_nll_loss`; needed for ``sft``.
+    label_smoothing
+        For those types that use it, of which there must be one unless it is 0.
+
+    Returns
+    -------
+    loss, d_chosen_logps, d_rejected_logps, metrics
+        As :func:`dpo_loss`; of several types also ``losses/TYPE``, each unweighted; with ``sft`` also ``nll_loss``.
+    """
+    family = {name: weight for name, weight in loss_types.items() if name != "sft"}
+    if not family:
+        raise ConfigError(
+            "loss_type sft learns from the chosen responses alone: add a preference loss, or run ingot sft"
+        )
+    if label_smoothing > 0 and not SMOOTHED & family.keys():
+        _check(next(iter(family)), LOSS_TYPES, Settings(label_smoothing=label_smoothing))
+    total, d_chosen, d_rejected = 0.0, np.zeros(pairs.chosen_logps.shape), np.zeros(pairs.chosen_logps.shape)
+    metrics: Metrics = {}
+    each: Metrics = {}
+    for name, weight in family.items():
+        loss, by_chosen, by_rejected, metrics = dpo_loss(
+            pairs,
+            num_pairs=num_pairs,
+            weights=weights,
+            loss_type=name,
+            beta=beta,
+            label_smoothing=label_smoothing if name in SMOOTHED else 0.0,
+            discopop_tau=discopop_tau,
+        )
+        total += weight * loss
+        d_chosen += weight * by_chosen
+        d_rejected += weight * by_rejected
+        each[f"losses/{name}"] = loss
+    if "sft" in loss_types:
+        nll_loss, d_nll = chosen_nll_loss(pairs, num_chosen_tokens=num_chosen_tokens, weights=weights)
+        total += loss_types["sft"] * nll_loss
+        d_chosen += loss_types["sft"] * d_nll
+        each["nll_loss"] = nll_loss
+    if len(loss_types) > 1:
+        metrics |= each
+    metrics["loss"] = total
+    return total, d_chosen, d_rejected, metrics
+
+
 def cpo_loss(
     pairs: Pairs,
     *,
@@ -428,9 +517,8 @@ def cpo_loss(
     loss, d_chosen, d_rejected = _placed(CPO_LOSS_TYPES[loss_type](kept, settings), keep, w)
     nll_loss = 0.0
     if cpo_alpha != 0:
-        by_token = w * num_pairs / num_chosen_tokens
-        nll_loss = -float(by_token @ kept.chosen_logps)
-        d_chosen[keep] -= cpo_alpha * by_token
+        nll_loss, d_nll = chosen_nll_loss(pairs, num_chosen_tokens=num_chosen_tokens, weights=weights)
+        d_chosen += cpo_alpha * d_nll
         loss += cpo_alpha * nll_loss
     per_token = loss_type in ("ipo", "simpo")
     scores = _mean_scores(kept)[:2] if per_token else (kept.chosen_logratios, kept.rejected_logratios)
@@ -506,6 +594,20 @@ def kto_reference_point(logps: Floats, ref_logps: Floats) -> float:
     return max(0.0, float(logratios.mean())) if logratios.size else 0.0
 
 
+def bco_reference_point(logps: Floats, ref_logps: Floats, labels: Bools, weights: Floats | None = None) -> float:
+    """The middle between the mean l - r of the desirable and of the undesirable examples of a step (Jung et al. 2024's reward shift
+    over beta, of this step alone where theirs is a running mean), taken as a constant; 0 where the step has one kind alone.
+    """
+    require_shape(np.shape(logps), ref_logps=ref_logps, labels=labels, weights=weights)
+    w = np.ones(np.shape(logps)) if weights is None else f64(weights)
+    finite = np.isfinite(logps) & np.isfinite(ref_logps)
+    good, bad = finite & np.asarray(labels, bool), finite & ~np.asarray(labels, bool)
+    if not good.any() or not bad.any():
+        return 0.0
+    d = np.where(finite, f64(logps), 0.0) - np.where(finite, f64(ref_logps), 0.0)
+    return float((w[good] @ d[good] / w[good].sum() + w[bad] @ d[bad] / w[bad].sum()) / 2)
+
+
 def kto_loss(
     logps: Floats,
     ref_logps: Floats,
@@ -514,14 +616,16 @@ def kto_loss(
     kl: float,
     num_chosen: float,
     num_rejected: float,
+    weights: Floats | None = None,
     loss_type: str = "kto",
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[float, Float64, Metrics]:
-    """KTO (Ethayarajh et al. 2024, eq. 7): single verdicts, good or bad, instead of pairs.
+    """KTO (Ethayarajh et al. 2024, eq. 7) and its relatives: single verdicts, good or bad, instead of pairs.
 
-    A good example has the loss w_D (1 - s(beta (d - z))), a bad one w_U s(beta (d - z)); the mean over all examples.
+    With x = beta (d - z), a good example has the loss w_D (1 - s(x)), a bad one w_U s(x); with loss_type ``bco``
+    -w_D ln s(x) and -w_U ln s(-x) (binary classifier optimization, Jung et al. 2024). The mean over all examples.
 
     Parameters
     ----------
@@ -530,9 +634,12 @@ def kto_loss(
     labels
         bool [S]: whether the response is desirable.
     kl
-        z, from :func:`kto_reference_point`; loss_type ``apo_zero_unpaired`` has z = 0 and takes no other.
+        z, from :func:`kto_reference_point`, for ``bco`` from :func:`bco_reference_point`; loss_type ``apo_zero_unpaired`` has z = 0
+        and takes no other.
     num_chosen, num_rejected
-        Desirable and undesirable examples of the whole step. The loss divides by their sum.
+        Desirable and undesirable examples of the whole step, or the sums of their weights. The loss divides by their sum.
+    weights
+        What each example counts, [S]; 1 unless given.
     desirable_weight, undesirable_weight
         w_D, w_U. Keep w_D num_chosen / (w_U num_rejected) near 1.
 
@@ -546,25 +653,31 @@ def kto_loss(
         ``rewards/chosen`` and ``logps/chosen`` (means over the desirable), the same of ``rejected``, ``rewards/margins``. ``kl`` is
         the caller's.
     """
-    if loss_type not in ("kto", "apo_zero_unpaired"):
-        raise ConfigError(f"loss_type must be kto or apo_zero_unpaired, got {loss_type!r}")
+    if loss_type not in KTO_LOSS_TYPES:
+        raise ConfigError(f"loss_type must be one of {', '.join(KTO_LOSS_TYPES)}, got {loss_type!r}")
     if not beta > 0:
         raise ConfigError(f"beta must be above 0, got {beta}")
     if loss_type == "apo_zero_unpaired" and kl != 0:
         raise ConfigError(f"loss_type apo_zero_unpaired has no reference point: kl must be 0, got {kl}")
     require_positive(num_examples=num_chosen + num_rejected)
-    require_shape(np.shape(logps), ref_logps=ref_logps, labels=labels)
+    require_shape(np.shape(logps), ref_logps=ref_logps, labels=labels, weights=weights)
     labels = np.asarray(labels, bool)
+    each = np.ones(labels.shape) if weights is None else f64(weights)
     finite = np.isfinite(logps) & np.isfinite(ref_logps)
     logratios = np.where(finite, f64(logps), 0.0) - np.where(finite, ref_logps, 0.0)
     good, bad = finite & labels, finite & ~labels
     x = beta * (logratios - kl)
-    weights = np.where(good, desirable_weight, np.where(bad, undesirable_weight, 0.0)) / (num_chosen + num_rejected)
-    loss = float(weights @ np.where(labels, sigmoid(-x), sigmoid(x)))
-    d_logps = weights * np.where(labels, -1.0, 1.0) * beta * sigmoid(x) * sigmoid(-x)
+    by_kind = np.where(good, desirable_weight, np.where(bad, undesirable_weight, 0.0))
+    w = each * by_kind / (num_chosen + num_rejected)
+    if loss_type == "bco":
+        loss = float(w @ -log_sigmoid(np.where(labels, x, -x)))
+        d_logps = w * beta * np.where(labels, -sigmoid(-x), sigmoid(x))
+    else:
+        loss = float(w @ np.where(labels, sigmoid(-x), sigmoid(x)))
+        d_logps = w * np.where(labels, -1.0, 1.0) * beta * sigmoid(x) * sigmoid(-x)
     metrics = {"loss": loss, "num_dropped": float(np.count_nonzero(~finite))}
     for name, rows, count in (("chosen", good, num_chosen), ("rejected", bad, num_rejected)):
-        metrics[f"rewards/{name}"] = float(beta * logratios[rows].sum() / max(count, 1))
-        metrics[f"logps/{name}"] = float(f64(logps)[rows].sum() / max(count, 1))
+        metrics[f"rewards/{name}"] = float(beta * (each[rows] @ logratios[rows]) / (count or 1.0))
+        metrics[f"logps/{name}"] = float(each[rows] @ f64(logps)[rows] / (count or 1.0))
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return loss, d_logps, metrics

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from ingot.configs import ModelConfig
 from ingot.errors import ConfigError
@@ -119,7 +122,10 @@ def load_model(
     model = Model(saved.config, seed, precision, backend, device, threads, level=level, num_values=num_values)
     shapes = {name: tuple(array.shape) for name, array in model.parameters.items()}
     new = ("score.bias",) if saved.num_values else ("score.weight", "score.bias")
-    weights = saved.weights(shapes, optional=new)
+    # A model that scores has no head for words; the network's keeps its first values.
+    weights = saved.weights(shapes, optional=new if saved.labels is None else (*new, "lm_head.weight"))
+    if saved.score_bias is not None:
+        weights = itertools.chain([("score.bias", np.array(saved.score_bias, np.float32))], weights)
     if backend == "native":
         views = model.parameters
         for name, values in weights:

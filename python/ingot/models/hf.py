@@ -3,14 +3,19 @@
 GPT-2, Llama, Qwen2 and Qwen3 are written in a form that transformers opens; a network that none of their classes computes is saved
 as ``model_type: "ingot"``. Reading is strict: a setting that this network does not have, or a weight that is missing, surplus or of
 the wrong shape, is an error that names it.
+
+A model whose scalar heads are its purpose (a reward model) is a ``*ForSequenceClassification``: ``score.weight`` [k, d] in the file,
+no language model's head, and in ``config.json`` the heads' names (``id2label``) and their biases (``score_bias``, which transformers'
+classes have no place for: a score is theirs plus this constant).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -36,6 +41,7 @@ _ARCHITECTURES: dict[Family, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "ingot": "IngotForCausalLM",
 }
+_SCORES = "ForSequenceClassification"
 # Names of activations: transformers' to ours, and back (the first of several is written).
 _GPT2_ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -59,6 +65,10 @@ class SavedModel:
     config: ModelConfig
     num_values: int
     """Scalar heads (``score.weight``) in the files."""
+    labels: tuple[str, ...] | None
+    """Names of the heads where they are the model's purpose (``*ForSequenceClassification``), else None."""
+    score_bias: tuple[float, ...] | None
+    """Of such a model's heads, where ``config.json`` has it."""
     _files: Mapping[Path, list[StoredTensor]] = dataclasses.field(repr=False)
 
     def weights(
@@ -153,15 +163,66 @@ def open_folder(folder: str | Path) -> SavedModel:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    config = read_config(folder)
+    fields = _read_fields(folder)
+    config = config_from_hf(fields, str(folder / CONFIG_FILE))
     files = {path: read_header(path) for path in _weight_files(folder)}
     scores = [t for tensors in files.values() for t in tensors if t.name == "score.weight"]
     num_values = scores[0].shape[0] if scores and len(scores[0].shape) == 2 else 0
-    return SavedModel(folder, config, num_values, files)
+    labels, bias = _heads(fields, num_values, folder)
+    return SavedModel(folder, config, num_values, labels, bias, files)
+
+
+def _heads(
+    fields: Mapping[str, Any], num_values: int, folder: Path
+) -> tuple[tuple[str, ...] | None, tuple[float, ...] | None]:
+    """Names and biases of the scalar heads of a model that scores."""
+    if not any(str(name).endswith(_SCORES) for name in fields.get("architectures") or ()):
+        return None, None
+    named = fields.get("id2label") or {}
+    labels = tuple(str(named.get(str(head), f"LABEL_{head}")) for head in range(num_values))
+    bias = fields.get("score_bias")
+    if num_values == 0:
+        raise CheckpointError(
+            f"{folder}: {CONFIG_FILE} says {_SCORES}, but the weights have no score.weight: save the model again"
+        )
+    if len(named) not in (0, num_values):
+        raise CheckpointError(
+            f"{folder}: {CONFIG_FILE} names {len(named)} labels, but score.weight has {num_values} rows"
+        )
+    if bias is None:
+        return labels, None
+    numbers = (
+        [float(each) for each in bias]
+        if isinstance(bias, list) and all(isinstance(each, int | float) for each in bias)
+        else []
+    )
+    if len(numbers) != num_values or not all(map(math.isfinite, numbers)):
+        raise CheckpointError(
+            f"{folder}: score_bias in {CONFIG_FILE} is {bias!r}, not one finite number for each of {num_values} heads"
+        )
+    return labels, tuple(numbers)
+
+
+def require_writer(folder: str | Path) -> None:
+    """Refuse a reward model, whose head for words is not in its files.
+
+    Raises
+    ------
+    ConfigError
+        It scores and does not write.
+    CheckpointError
+        As :func:`open_folder`.
+    """
+    if open_folder(folder).labels is not None:
+        raise ConfigError(f"{folder}: is a reward model, which scores and writes nothing: give a model that writes")
 
 
 def read_config(folder: str | Path) -> ModelConfig:
     """The configuration in a directory's ``config.json``; a ``CheckpointError`` where ingot has no such network."""
+    return config_from_hf(_read_fields(folder), str(Path(folder) / CONFIG_FILE))
+
+
+def _read_fields(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_FILE
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +232,46 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: missing: {folder} is no folder of a saved model") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    return config_from_hf(fields, str(path))
+    return fields
+
+
+def write_scorer(
+    folder: str | Path,
+    config: ModelConfig,
+    state: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    labels: Sequence[str],
+    pad_token_id: int | None = None,
+) -> None:
+    """Write a model that scores, in a form that transformers opens as ``*ForSequenceClassification``.
+
+    Parameters
+    ----------
+    state
+        With ``score.weight`` [k, d] and ``score.bias`` [k]. The language model's head is left out.
+    labels
+        Names of the k heads.
+    pad_token_id
+        What transformers finds the end of padded sequences by.
+
+    Raises
+    ------
+    OSError
+        As :func:`write_folder`.
+    """
+    fields = config_to_hf(config)
+    fields |= {
+        "architectures": [
+            _ARCHITECTURES[family_of(config)].replace("LMHeadModel", _SCORES).replace("ForCausalLM", _SCORES)
+        ],
+        "num_labels": len(labels),
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "score_bias": [float(each) for each in state["score.bias"]],
+        "pad_token_id": pad_token_id,
+    }
+    kept = {name: values for name, values in state.items() if name not in (_HEAD, "score.bias")}
+    _write(Path(folder), fields, kept)
 
 
 def write_folder(folder: str | Path, config: ModelConfig, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
@@ -182,9 +282,12 @@ def write_folder(folder: str | Path, config: ModelConfig, state: Mapping[str, np
     OSError
         No space, no permission. A file that was there before stays as it was.
     """
+    _write(Path(folder), config_to_hf(config), state)
+
+
+def _write(folder: Path, fields: Mapping[str, Any], state: Mapping[str, npt.NDArray[np.float32]]) -> None:
     from ingot import __version__
 
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / WEIGHTS_FILE
     temporary = temporary_name(target)
@@ -197,7 +300,7 @@ def write_folder(folder: str | Path, config: ModelConfig, state: Mapping[str, np
         temporary.unlink(missing_ok=True)
         raise
     rename(temporary, target)
-    write_file(folder / CONFIG_FILE, json.dumps(config_to_hf(config), indent=2).encode() + b"\n")
+    write_file(folder / CONFIG_FILE, json.dumps(fields, indent=2).encode() + b"\n")
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -294,6 +397,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str) -> ModelConfig:
         if family == "ingot":
             known = {field.name for field in dataclasses.fields(ModelConfig)}
             skipped = {"architectures", "model_type", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"}
+            skipped |= {"num_labels", "id2label", "label2id", "score_bias"}
             surplus = [name for name in fields if name not in known | skipped]
             if surplus:
                 raise CheckpointError(f"{source}: unknown key {surplus[0]!r}: written by a newer version of ingot?")

@@ -20,7 +20,17 @@ _INTRODUCTIONS = {
     "pretrain": "A language model trained with `ingot pretrain`. It continues text; it was taught nothing about what is true or wanted.",
     "sft": "A language model fine-tuned on demonstrations with `ingot sft`. It answers in the manner of its examples; "
     "nothing was done to make what it says true or harmless.",
+    "dpo": "A language model trained on preferences with `ingot dpo`: of two answers it favours the one that its judges did. "
+    "It knows no more than the model that it started from.",
+    "ppo": "A language model trained with `ingot ppo` to give answers that a reward likes. It is as good as that reward: "
+    "what the reward does not see, nothing was done about.",
+    "reward": "A reward model trained on people's rankings with `ingot reward`: it scores answers, higher for those that its judges would "
+    "prefer. Scores have mean 0 and standard deviation 1 over answers to its training prompts.",
+    "grpo": "A language model trained with `ingot grpo` to give answers that a reward likes, compared with others to the same prompt. "
+    "It is as good as that reward: what the reward does not see, nothing was done about.",
+    "distill": "A language model trained with `ingot distill` to answer as a better model does. It has its teacher's faults too.",
 }
+_PIPELINES = {"reward": "text-classification"}
 
 
 def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, float | None], num_parameters: int) -> str:
@@ -42,6 +52,16 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "corpus": f"{data['num_bytes']:,} bytes, {data['num_documents']:,} documents, {data['num_tokens']:,} tokens",
             "held out": f"{data['held_out_tokens']:,} tokens; {data['split']}",
         }
+    elif "prompts_hash" in data:
+        rewards = [config.get("reward_model"), *config.get("reward", ())]
+        source = {
+            "prompts sha256": data["prompts_hash"],
+            "prompts": f"{data['num_rows']:,} rows, {data['num_too_long']:,} of them left out as longer than {data['max_length']} tokens",
+            "held out": f"{data['num_held_out']:,} prompts; {data['split']}",
+            "rewards": ", ".join(PurePath(str(reward)).name for reward in rewards if reward)
+            or "functions of a program",
+            "chat template sha256": data["template_hash"],
+        }
     else:
         source = {
             "examples sha256": data["examples_hash"],
@@ -61,13 +81,15 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
     rows = [f"| {label} | {value} |" for label, value in lineage.items()]
     # The card travels with the model: it names the text, not the folders of the machine.
     shown = {key: value for key, value in config.items() if key not in ("output", "cache_dir")}
-    shown["data"] = [PurePath(path).name for path in config.get("data", ())]
+    for name in ("data", "prompts", "ptx_data"):
+        if name in config:
+            shown[name] = [PurePath(path).name for path in config[name]]
     settings = json.dumps(shown, indent=1, ensure_ascii=False)
     return "\n".join(
         [
             "---",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {_PIPELINES.get(facts['kind'], 'text-generation')}",
             "tags:",
             "- ingot",
             "---",
@@ -76,7 +98,7 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
             _INTRODUCTIONS[facts["kind"]],
             "",
-            "| losses, nats per token | |",
+            _heading(facts),
             "|---|---|",
             *measured,
             "",
@@ -92,3 +114,10 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
             "",
         ]
     )
+
+
+def _heading(facts: Mapping[str, Any]) -> str:
+    """Of the table of what was measured."""
+    if "prompts_hash" in facts["data"]:
+        return "| measured on held-out prompts | |"
+    return "| losses, nats per judgement | |" if facts["kind"] == "reward" else "| losses, nats per token | |"

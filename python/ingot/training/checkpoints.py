@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,8 @@ from ingot.training.companions import write_tokenizer_config
 from ingot.training.lora import save_beside
 
 if TYPE_CHECKING:
+    from ingot.configs import ModelConfig
     from ingot.data.chat import ChatEncoder
-    from ingot.models.base import Model
     from ingot.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -43,6 +43,32 @@ STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
 
 
+class Savable(Protocol):
+    """What a checkpoint holds: a model, or several parts that are trained together."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model that is the result."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json``, ``model.safetensors``, and files of their own for other parts."""
+        ...
+
+    @property
+    def optimizer(self) -> HasState:
+        """Holds the moments."""
+        ...
+
+
+class HasState(Protocol):
+    """An optimizer, or several."""
+
+    def state(self) -> Mapping[str, npt.NDArray[np.generic]]:
+        """Its arrays by name."""
+        ...
+
+
 class NewerFormat(CheckpointError):
     """Written by a later version of ingot, so it cannot be judged by this one."""
 
@@ -50,7 +76,7 @@ class NewerFormat(CheckpointError):
 def write_checkpoint(
     folder: Path,
     step: int,
-    model: Model,
+    model: Savable,
     tokenizer: Tokenizer,
     state: Mapping[str, Any],
     versions: Mapping[str, str],

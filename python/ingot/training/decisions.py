@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from ingot.configs import TrainingConfig, parse_duration
+from ingot.configs import RunConfig, parse_duration
 from ingot.environment import memory_limit, peak_memory
 from ingot.training.cost import Cost, Probe, fit_to_time, save_estimate_s
 from ingot.training.progress import Display, duration
@@ -27,7 +27,7 @@ class Decisions:
 
 
 def decide(
-    config: TrainingConfig,
+    config: RunConfig,
     model: Model,
     probe: Probe,
     known: dict[str, Any],
@@ -63,7 +63,7 @@ def decide(
 
 
 def announce(
-    config: TrainingConfig,
+    config: RunConfig,
     model: Model,
     probe: Probe,
     decisions: Decisions,

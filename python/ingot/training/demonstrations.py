@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,9 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.configs import ModelConfig, SFTConfig
-from ingot.data.batches import Order
-from ingot.data.chat import ChatEncoder, ChatTemplate, Encoded
-from ingot.data.examples import ExampleBatches, Examples, Pack, assemble_pack, load_examples
+from ingot.data.chat import ChatEncoder, ChatTemplate
+from ingot.data.examples import (
+    ExampleBatches,
+    Examples,
+    Pack,
+    assemble_pack,
+    first_prompts,
+    hash_of,
+    load_examples,
+    next_fit,
+)
 from ingot.data.rows import LanguageModelling, PromptCompletion, RowError
 from ingot.errors import ConfigError, DataError, RunError
 from ingot.tokenizer import END_OF_TEXT, Tokenizer
@@ -60,30 +68,11 @@ class Demonstrations:
         return len(self._held_out_places(seed))
 
     def _held_out_places(self, seed: int) -> list[list[int]]:
-        packs: list[list[int]] = []
-        room = 0
-        lengths = self.held_out.lengths()
-        order = Order(len(self.held_out), seed, 0) if len(self.held_out) else ()
-        for place in (order[index] for index in range(len(order))):
-            if lengths[place] > room:
-                packs.append([])
-                room = self.pack_length
-            packs[-1].append(place)
-            room -= int(lengths[place])
-        return packs
+        return next_fit(self.held_out, self.pack_length, seed)
 
     def prompts(self, count: int, longest: int) -> list[list[int]]:
         """Ids up to the first trained token of ``count`` rows, different from one another: held-out ones where there are any."""
-        examples = self.held_out if len(self.held_out) else self.train
-        prompts: dict[tuple[int, ...], None] = {}
-        for sequence, *_ in examples.groups:
-            if len(prompts) == count:
-                break
-            # A text without a prompt is continued from its first token.
-            end = max(1, int(np.argmax(sequence.mask)))
-            if end <= longest:
-                prompts.setdefault(tuple(sequence.ids[:end].tolist()))
-        return [list(prompt) for prompt in prompts]
+        return first_prompts(self.held_out if len(self.held_out) else self.train, count, longest)
 
 
 def prepare_demonstrations(
@@ -126,13 +115,8 @@ def prepare_demonstrations(
         num_rows=sum(part.num_rows for part in loaded),
         num_too_long=sum(part.num_too_long for part in loaded),
     )
-    examples_hash = _hash(sequence for group in examples.groups for sequence in group)
-    known = {} if folder is None else folder.facts.get("data", {})
-    if known and known["examples_hash"] != examples_hash:
-        raise RunError(
-            f"{', '.join(config.data) or 'the rows given'}: changed since this run began; bring the rows back as they were, or start a new "
-            f"run from its weights: ingot sft --model {config.output} --data ... --output ..."
-        )
+    examples_hash = hash_of(examples)
+    require_unchanged(folder, examples_hash, config.data)
     train, held_out = examples.split(config.held_out)
     source_of = {id(row): number for number, part in enumerate(loaded) for row in part.rows}
     trained = sum(int(sequence.mask.sum()) for (sequence,) in train.groups)
@@ -161,6 +145,22 @@ def prepare_demonstrations(
     )
     numbers = np.array([source_of[id(row)] for row in held_out.rows], np.int64)
     return Demonstrations(encoder, train, held_out, sources, numbers, max_length, pack_length, batches, facts)
+
+
+def require_unchanged(folder: RunFolder | None, examples_hash: str, data: Sequence[str]) -> None:
+    """Refuse to go on with other rows than a run began with.
+
+    Raises
+    ------
+    RunError
+        Says how to start a new run instead.
+    """
+    known = {} if folder is None else folder.facts.get("data", {})
+    if folder is not None and known and known["examples_hash"] != examples_hash:
+        raise RunError(
+            f"{', '.join(data) or 'the rows given'}: changed since this run began; bring the rows back as they were, or start a new "
+            f"run from its weights: ingot {folder.facts['kind']} --model {folder.path} --data ... --output ..."
+        )
 
 
 def _encoder(config: SFTConfig, folder: RunFolder | None) -> ChatEncoder:
@@ -219,13 +219,3 @@ def _load(
     names = [Path(source).name.split(".")[0] if isinstance(source, str) else "rows" for source in sources]
     unique = [name if names.count(name) == 1 else f"{name}{number}" for number, name in enumerate(names, 1)]
     return loaded, tuple(unique)
-
-
-def _hash(sequences: Iterable[Encoded]) -> str:
-    """sha256, as hex, of ids and masks: of rows, template, tokenizer and the longest length at once."""
-    digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(len(sequence).to_bytes(8, "little"))
-        digest.update(sequence.ids.tobytes())
-        digest.update(np.packbits(sequence.mask).tobytes())
-    return digest.hexdigest()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ingot.configs.lora import LoraConfig
 from ingot.errors import CheckpointError, RunError
-from ingot.models.adapters import adapter_table, linear_modules, read_adapter, select_modules
+from ingot.models.adapters import Adapted, adapter_table, linear_modules, read_adapter, select_modules
 
 if TYPE_CHECKING:
     from ingot.configs import ModelConfig
@@ -86,10 +86,10 @@ def load_trained_state(model: Model, state: Mapping[str, npt.NDArray[np.float32]
         model.adapters[model.active_adapter].load_state(state)
 
 
-def save_beside(model: Model, folder: Path) -> None:
-    """Write the active adapter, if any, to ``folder/adapter``."""
-    if model.active_adapter is not None:
-        model.save_adapter(model.active_adapter, folder / ADAPTER_FOLDER)
+def save_beside(saved: object, folder: Path) -> None:
+    """Where ``saved`` is a model with an active adapter, write that to ``folder/adapter``."""
+    if isinstance(saved, Adapted) and saved.active_adapter is not None:
+        saved.save_adapter(saved.active_adapter, folder / ADAPTER_FOLDER)
 
 
 def read_trained(model: Model, checkpoint: Path) -> Mapping[str, npt.NDArray[np.float32]]:

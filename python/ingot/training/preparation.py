@@ -14,6 +14,7 @@ from ingot.data.shards import TokenShards, cached_path
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError, DataError, RunError
 from ingot.models import Model, load_model
+from ingot.models.hf import require_writer
 from ingot.tokenizer import Tokenizer
 from ingot.training.cost import require_memory
 from ingot.training.progress import Display
@@ -124,6 +125,7 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, known: dict[str, An
         "level": config.level,
     }
     if known is None and config.model is not None:
+        require_writer(config.model)
         model = load_model(config.model, **place)
     else:
         shape = (

@@ -29,13 +29,15 @@ class Status:
     memory_bytes: int
     eta_s: float
     """Remaining steps, evaluations and checkpoints, each at its measured time."""
+    figures: tuple[str, ...] = ()
+    """What is shown instead of the losses, as short texts."""
 
     def words(self) -> list[str]:
         """The figures as short texts."""
-        shown = []
-        if self.loss is not None:
+        shown = list(self.figures)
+        if self.loss is not None and not shown:
             shown.append(f"loss {self.loss:.4f}")
-        if self.eval_loss is not None:
+        if self.eval_loss is not None and not self.figures:
             shown.append(f"held-out {self.eval_loss:.4f}")
         peak = "" if self.share_of_peak is None else f" ({100 * self.share_of_peak:.0f} % of peak)"
         shown.append(f"{_thousands(self.tokens_per_s)} tokens/s{peak}")

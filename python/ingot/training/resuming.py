@@ -10,13 +10,17 @@ from ingot.errors import RunError
 from ingot.training.runs import RunFolder
 from ingot.training.trainer import TrainingResult
 
-_PHASES = ("pretrain", "sft")
+_PHASES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill")
+# Where the loop is in a module of another name.
+_MODULES = {"reward": "reward_model"}
 
 
 def resume(folder: str | Path, **options: Any) -> TrainingResult:
     """Go on with a run from its newest whole checkpoint.
 
-    ``options`` are those of the phase: :func:`ingot.training.pretrain.resume`, :func:`ingot.training.sft.resume`.
+    ``options`` are those of the phase: :func:`ingot.training.pretrain.resume`, :func:`ingot.training.sft.resume`,
+    :func:`ingot.training.dpo.resume`, :func:`ingot.training.ppo.resume`, :func:`ingot.training.grpo.resume`,
+    :func:`ingot.training.distill.resume`.
 
     Raises
     ------
@@ -27,5 +31,7 @@ def resume(folder: str | Path, **options: Any) -> TrainingResult:
         kind = run.facts["kind"]
     if kind not in _PHASES:
         raise RunError(f"{folder}: a run of ingot {kind}, which this version does not have: upgrade ingot")
-    result: TrainingResult = importlib.import_module(f"ingot.training.{kind}").resume(folder, **options)
+    result: TrainingResult = importlib.import_module(f"ingot.training.{_MODULES.get(kind, kind)}").resume(
+        folder, **options
+    )
     return result

@@ -1,4 +1,4 @@
-"""Rewards from Python functions: plain callables ``(prompts, completions, **columns) -> list[float]``, as TRL has them.
+"""Rewards: plain callables ``(prompts, completions, **columns) -> list[float]``, as TRL has them, and reward models by their folder.
 
 Prompts and completions are strings, or lists of messages where the data are conversational. ``columns`` are the other columns of the
 prompts' rows, one entry for each completion. ``None`` says that a function has nothing to say about a completion.
@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from ingot.data.rows import Content
 from ingot.errors import ConfigError, RunError
+from ingot.inference.scoring import RewardModel, is_reward_folder
 
 RewardFunction: TypeAlias = Callable[..., Any]
 
@@ -64,12 +65,14 @@ class RewardFunctions:
     Parameters
     ----------
     functions
-        Callables, or texts that :func:`load_reward` understands.
+        Callables (a :class:`~ingot.inference.scoring.RewardModel` is one), or texts that :func:`load_reward` understands.
     weights
         One for each; 1 unless given.
     timeout_s
         Most seconds of a call; None waits for ever. A function that takes longer is left behind in a thread of its own, which ends with
         the process; the caller is free to save. With None, functions run in the caller's thread, as those that use signals need.
+    place
+        Where reward models are computed: see :func:`load_reward`.
 
     Raises
     ------
@@ -83,6 +86,7 @@ class RewardFunctions:
         weights: Sequence[float] | None = None,
         *,
         timeout_s: float | None = TIMEOUT_S,
+        place: Mapping[str, Any] | None = None,
     ) -> None:
         if not functions:
             raise ConfigError("no reward was given: name at least one, such as --reward ./my_reward.py:score")
@@ -96,7 +100,7 @@ class RewardFunctions:
                 raise ConfigError(f"reward_weights holds {weight}: give finite numbers")
         if timeout_s is not None and not timeout_s > 0:
             raise ConfigError(f"the timeout of rewards must be above 0 seconds, got {timeout_s}")
-        self._functions = [load_reward(each) if isinstance(each, str) else each for each in functions]
+        self._functions = [load_reward(each, **(place or {})) if isinstance(each, str) else each for each in functions]
         self._places = [
             each if isinstance(each, str) else getattr(each, "__name__", type(each).__name__) for each in functions
         ]
@@ -171,19 +175,27 @@ def completion_like(prompt: Content, text: str) -> Content:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def load_reward(name: str) -> RewardFunction:
-    """The function that ``./file.py:name``, ``package.module:name`` or ``package.module.name`` stands for.
+def load_reward(name: str, **place: Any) -> RewardFunction:
+    """The function that ``./file.py:name``, ``package.module:name`` or ``package.module.name`` stands for, or the reward model of a folder.
+
+    A folder (``runs/rm``) gives a :class:`~ingot.inference.scoring.RewardModel`; with several criteria its reward is the mean of
+    their scores, or that of one (``runs/rm:helpful``). ``place`` says where it is computed, as in :func:`ingot.load_model`.
 
     Raises
     ------
     ConfigError
-        There is no such file, module or name, it cannot be imported, or is no function.
+        There is no such file, module or name, it cannot be imported, or is no function; or the folder's model gives no scores.
     """
+    if is_reward_folder(name):
+        return RewardModel.load(name, **place)
     path, colon, attribute = name.rpartition(":")
     if not colon or "/" in attribute or "\\" in attribute:  # no colon, or that of a drive
         path, attribute = name, ""
     if path.endswith(".py") or "/" in path or "\\" in path:
         if not attribute:
+            if not path.endswith(".py"):
+                there = "holds no model" if Path(path).is_dir() else "no such folder"
+                raise ConfigError(f"reward {name}: {there}; give the folder of a reward model, or ./file.py:FUNCTION")
             raise ConfigError(f"reward {name}: names no function; write {name}:FUNCTION")
         module = _module_of_file(path, name)
     else:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -306,20 +306,34 @@ class Rollouts:
         """An episode's actions, the end token included."""
         return self.tokens[self.offsets[number] + self.prompt_lengths[number] : self.offsets[number + 1]]
 
-    def select(self, numbers: Sequence[int] | LongArray) -> Rollouts:
-        """These episodes, in this order: a minibatch."""
+    def rows_of(self, numbers: Sequence[int] | LongArray) -> LongArray:
+        """Where the tokens of these episodes lie, in this order, i64."""
         chosen = np.asarray(numbers, np.int64)
         low, lengths = self.offsets[:-1][chosen], np.diff(self.offsets)[chosen]
         offsets = _offsets(lengths)
-        rows = np.arange(int(offsets[-1])) + np.repeat(low - offsets[:-1], lengths)
+        return np.asarray(np.arange(int(offsets[-1])) + np.repeat(low - offsets[:-1], lengths), np.int64)
+
+    def select(self, numbers: Sequence[int] | LongArray) -> Rollouts:
+        """These episodes, in this order: a minibatch."""
+        chosen = np.asarray(numbers, np.int64)
+        rows = self.rows_of(chosen)
         return dataclasses.replace(
             self,
-            offsets=offsets,
+            offsets=_offsets(np.diff(self.offsets)[chosen]),
             **{name: getattr(self, name)[rows] for name in ("tokens", "targets", "logprobs", "entropy")},
             **{
                 name: getattr(self, name)[chosen]
                 for name in ("episode_ids", "group_ids", "prompt_lengths", "truncated")
             },
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """Several rollouts of one policy as one, in this order."""
+        names = ("tokens", "targets", "logprobs", "entropy", "episode_ids", "group_ids", "prompt_lengths", "truncated")
+        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return dataclasses.replace(
+            parts[0], offsets=_offsets(np.concatenate([np.diff(part.offsets) for part in parts])), **joined
         )
 
     def metrics(self) -> dict[str, float]:
@@ -485,19 +499,30 @@ def recompute_logprobs(model: Model, rollouts: Rollouts, *, max_tokens: int = _P
 
     ``max_tokens`` bounds the tokens of a pass; it changes memory, not the result.
     """
-    logprobs = np.zeros(len(rollouts.tokens), np.float32)
+    return recompute(model, rollouts, ("logprobs",), max_tokens=max_tokens)["logprobs"]
+
+
+def recompute(
+    model: Model, rollouts: Rollouts, want: Collection[str], *, max_tokens: int = _PACK_TOKENS
+) -> dict[str, FloatArray]:
+    """Outputs of the forward pass of training at each action, f32 [N] each: ``logprobs``, ``entropy``, ``values`` (of one head)."""
+    found = {name: np.zeros(len(rollouts.tokens), np.float32) for name in want}
+    # Values alone need no logits.
+    targets = rollouts.targets if set(want) - {"values"} else np.full_like(rollouts.targets, -1)
     for episodes, rows in packs(rollouts, max_tokens):
-        offsets = rollouts.offsets[episodes.start : episodes.stop + 1] - rollouts.offsets[episodes.start]
         _, out = model.forward(
             rollouts.tokens[rows],
-            offsets,
-            rollouts.targets[rows],
+            rollouts.offsets[episodes.start : episodes.stop + 1] - rollouts.offsets[episodes.start],
+            targets[rows],
+            want=want,
+            value_rows=rollouts.mask[rows] if "values" in want else None,
             temperature=rollouts.temperature,
             banned_ids=rollouts.banned_ids,
             train=False,
         )
-        logprobs[rows] = out.logprobs
-    return logprobs
+        for name, values in found.items():
+            values[rows] = out.arrays[name]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

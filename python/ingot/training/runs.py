@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ingot.durable import (
     crash_points as crash_points,  # tests listen here
@@ -30,13 +30,26 @@ from ingot.training.lora import ADAPTER_FOLDER, save_beside
 from ingot.training.metrics import MetricsLog
 
 if TYPE_CHECKING:
+    from ingot.configs import ModelConfig
     from ingot.data.chat import ChatEncoder
-    from ingot.models.base import Model
     from ingot.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
 CARD_FILE = "README.md"
+
+
+class Exported(Protocol):
+    """What the top of a run's folder holds."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its shape."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        ...
 
 
 class RunFolder:
@@ -130,7 +143,7 @@ class RunFolder:
 
         self._publish(write, last="tokenizer.json")
 
-    def export(self, model: Model, tokenizer: Tokenizer, card: str, encoder: ChatEncoder | None = None) -> None:
+    def export(self, model: Exported, tokenizer: Tokenizer, card: str, encoder: ChatEncoder | None = None) -> None:
         """Make the top of the folder a Hugging Face directory of this model; each file is replaced in one step, weights last.
 
         Where an adapter is trained those are merged, and ``adapter/`` holds it alone.

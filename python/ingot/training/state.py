@@ -37,6 +37,8 @@ class State:
     samples_lines: int = 0
     elapsed_s: float = 0.0
     """Time spent in all processes of this run."""
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What one phase alone has to remember, as plain values: a coefficient that moves, a position, counts."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

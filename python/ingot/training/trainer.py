@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ingot.configs import TrainingConfig, parse_duration
+from ingot.configs import RunConfig, parse_duration
 from ingot.durable import write_file
+from ingot.environment import cpu_name
 from ingot.errors import ConfigError, RunError
 from ingot.models import Optimizer
+from ingot.reporting.charts import draw_curves
 from ingot.training.alarms import Alarms, Rule
 from ingot.training.callbacks import Callback, RunView
 from ingot.training.card import versions, write_card
@@ -28,7 +30,6 @@ from ingot.training.interruption import Interruption
 from ingot.training.lora import load_trained_state, read_trained, trained_state
 from ingot.training.pace import Pace
 from ingot.training.progress import Display
-from ingot.training.report import draw_curves
 from ingot.training.runs import CARD_FILE, RunFolder
 from ingot.training.schedules import learning_rate, resolve_warmup
 from ingot.training.state import State
@@ -36,11 +37,14 @@ from ingot.training.state import State
 if TYPE_CHECKING:
     from ingot.data.chat import ChatEncoder
     from ingot.models.base import Model, StepInfo
+    from ingot.models.base import Optimizer as OptimizerProtocol
     from ingot.tokenizer import Tokenizer
+    from ingot.training.checkpoints import Savable
+    from ingot.training.progress import Status
 
 _MAX_SKIPPED_IN_ROW = 10
 
-ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,34 +114,50 @@ def saved_state(folder: RunFolder, checkpoint: Path | None) -> State:
 
 def begin(
     folder: RunFolder,
-    config: TrainingConfig,
+    config: RunConfig,
     model: Model,
     decisions: Decisions,
     state: State,
     checkpoint: Path | None,
     display: Display,
+    *,
+    restore: Callable[[RunConfig, Path | None], None] | None = None,
 ) -> None:
-    """Record what was decided, and put weights, moments and logs back to where ``checkpoint`` has them."""
+    """Record what was decided, and put weights, moments and logs back to where ``checkpoint`` has them.
+
+    ``restore`` makes the optimizers and does so with the weights where more than ``model`` is trained.
+    """
     folder.facts |= {"decisions": dataclasses.asdict(decisions), "finished": False}
     began_at_level = folder.facts.setdefault("level", model.level)
     if began_at_level != model.level:
         display.say(f"began at instruction level {began_at_level}, goes on at {model.level}: the last bits will differ")
     folder.facts["versions"] = versions()
+    folder.facts["machine"] = {"cpu": cpu_name(), "threads": model.threads}
     folder.save_facts()
-    model.optimizer = Optimizer(
-        model,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
+    if restore is not None:
+        restore(config, checkpoint)
+    else:
+        model.optimizer = make_optimizer(config, model)
+        if checkpoint is not None:
+            load_trained_state(model, read_trained(model, checkpoint))
+            model.optimizer.load_state(read_optimizer(checkpoint))
     if checkpoint is not None:
-        load_trained_state(model, read_trained(model, checkpoint))
-        model.optimizer.load_state(read_optimizer(checkpoint))
         display.say(f"resumed from {checkpoint}")
     else:
         display.say(f"settings saved in {folder.path}; Ctrl-C saves and stops")
     folder.metrics.cut(state.metrics_lines)
     folder.samples.cut(state.samples_lines)
+
+
+def make_optimizer(config: RunConfig, model: Model) -> OptimizerProtocol:
+    """A new optimizer of this model."""
+    return Optimizer(
+        model,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        eps_mode=config.adam_eps_mode,
+        weight_decay=config.weight_decay,
+    )
 
 
 @contextlib.contextmanager
@@ -159,7 +179,7 @@ def resume_command(folder: RunFolder) -> str:
 
 
 def measure(
-    config: TrainingConfig,
+    config: RunConfig,
     model: Model,
     step: Callable[[], object],
     step_tokens: int,
@@ -203,6 +223,8 @@ class Trainer(Generic[ConfigT]):
         self.folder = folder
         self.config = config
         self.model = model
+        self.saved: Savable = model
+        """What checkpoints and the run's folder hold of it."""
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.state = state
@@ -247,7 +269,11 @@ class Trainer(Generic[ConfigT]):
             state.loss_sum += loss
             state.loss_count += 1
         self.pace.step_took(time.perf_counter() - began, num_tokens)
-        self.display.update(self.pace.status(state.step, loss, state.eval_loss))
+        self.display.update(self.status(loss))
+
+    def status(self, loss: float | None) -> Status:
+        """For the display; without a loss it is a sign of life during something else than a step."""
+        return self.pace.status(self.state.step, loss, self.state.eval_loss)
 
     def count_skipped(self, skipped: bool) -> None:
         """A step whose gradient is not finite changes nothing; many in a row end the run."""
@@ -323,7 +349,7 @@ class Trainer(Generic[ConfigT]):
 
     def write_model(self, losses: dict[str, float | None]) -> None:
         """The model as it is now, at the top of the run's folder."""
-        self.folder.export(self.model, self.tokenizer, self.card(losses, self.state.step), self.encoder)
+        self.folder.export(self.saved, self.tokenizer, self.card(losses, self.state.step), self.encoder)
 
     def save(self, required: bool) -> None:
         """Write a checkpoint. Where there is no space for it, go on without, unless it is ``required``."""
@@ -344,7 +370,7 @@ class Trainer(Generic[ConfigT]):
             self.folder.metrics.sync()
             self.folder.samples.sync()
             path = write_checkpoint(
-                self.folder.path, state.step, self.model, self.tokenizer, fields, versions(), self.encoder
+                self.folder.path, state.step, self.saved, self.tokenizer, fields, versions(), self.encoder
             )
         except OSError as error:
             state.best_saved_loss, state.best_saved_step = before
@@ -380,19 +406,26 @@ class Trainer(Generic[ConfigT]):
         losses = {"held out, best": state.best_loss, "held out, last step": state.eval_loss}
         best_step = state.step if state.best_step is None else state.best_step
         self.guarded(lambda: write_file(folder.path / CARD_FILE, self.card(losses, best_step).encode()))
-        curves = draw_curves(folder.metrics.read(), f"{folder.path.name}: loss")
-        self.guarded(lambda: write_file(folder.path / "curves.svg", curves))
+        self.guarded(lambda: write_file(folder.path / "curves.svg", self.curves()))
         folder.facts["finished"] = True
         self.guarded(folder.save_facts)
         last = f"checkpoint-{state.step}"
         if state.best_loss is not None and state.best_step != state.step:
             self.display.say(
-                f"{folder.path} holds the weights of step {state.best_step}, the best held-out loss ({state.best_loss:.4f}); "
+                f"{folder.path} holds the weights of step {state.best_step}, {self.best_in_words(state.best_loss)}; "
                 f"those of the last step are in {folder.path / last}"
             )
         else:
             self.display.say(f"{folder.path} holds the model; its curves are in {folder.path / 'curves.svg'}")
         self.notify(lambda callback, view: callback.on_end(view))
+
+    def curves(self) -> bytes:
+        """The picture of the run, as SVG."""
+        return draw_curves(self.folder.metrics.read(), f"{self.folder.path.name}: loss")
+
+    def best_in_words(self, loss: float) -> str:
+        """Why the best weights are the best ones."""
+        return f"the best held-out loss ({loss:.4f})"
 
     def card(self, losses: dict[str, float | None], step: int) -> str:
         """Text of README.md."""

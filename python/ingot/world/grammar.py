@@ -29,6 +29,7 @@ from ingot.world.vocabulary import (
     THING_VERBS,
     THINGS,
     TIMES,
+    TOLD,
 )
 
 Split = Literal["train", "held_out"]
@@ -39,7 +40,10 @@ NUM_MOVES = (2, 3, 4)
 """How many moves a story can have."""
 
 _HELD_OUT_KEY = b"the small world"
-_ENCOUNTERS = tuple((kind, word) for kind, (_, words) in ENCOUNTERS.items() for word in words)
+# Reader -> what can be met in stories for this reader: kinds and words.
+_ENCOUNTERS = {
+    reader: tuple((kind, word) for kind in kinds for word in ENCOUNTERS[kind][1]) for reader, kinds in TOLD.items()
+}
 _ENDING_KINDS = tuple(ENDINGS)
 
 CHUNK = 256
@@ -179,6 +183,8 @@ def log_probability(request: Request, facts: Facts) -> float:
     if asked != (facts.who, facts.thing, facts.place, facts.ending):
         return -math.inf
     mentioned = facts.places_mentioned()
+    if facts.encounter not in TOLD[request.reader]:
+        return -math.inf
     if facts.friend == facts.who or len(set(mentioned)) < len(mentioned) or len(facts.moves) not in NUM_MOVES:
         return -math.inf
     split = split_of(request.who, request.thing, request.place)
@@ -187,7 +193,7 @@ def log_probability(request: Request, facts: Facts) -> float:
     for number, move in enumerate(facts.moves):
         verbs = THING_VERBS if move.entity == "thing" else PERSON_VERBS
         choices += [len(ENTITIES), len(verbs), len(PLACES) - 2 - number]
-    choices += [len(_ENCOUNTERS), 2, len(ENDINGS[facts.ending])]
+    choices += [len(_ENCOUNTERS[request.reader]), 2, len(ENDINGS[facts.ending])]
     return -math.fsum(map(math.log, choices))
 
 
@@ -248,7 +254,7 @@ def _tell(words: list[int], split: Split) -> Story:
         entity = ENTITIES[below(len(ENTITIES))]
         verbs = THING_VERBS if entity == "thing" else PERSON_VERBS
         moves.append(Move(entity, verbs[below(len(verbs))], places.pop(below(len(places)))))
-    encounter, encountered = _ENCOUNTERS[below(len(_ENCOUNTERS))]
+    encounter, encountered = _ENCOUNTERS[reader][below(len(_ENCOUNTERS[reader]))]
     together = below(2) == 1
     last_words = ENDINGS[ending]
     last_word = last_words[below(len(last_words))]

@@ -1,14 +1,14 @@
 """Which of two stories people would rather have.
 
-The first line names a reader, and each reader likes two of the four kinds of encounter. The world's own stories do not heed it:
-half of them please their reader. A judge has to know the reader (from the prompt) and the encounter (from the story); neither alone,
-nor the length, says anything.
+The first line names a reader. Stories for a reader have one of two kinds of encounter, one that this reader likes and one that he does
+not, so half of the world's own stories please. A judge has to know the reader (from the prompt) and the encounter (from the story):
+what one reader likes, another does not, and the length says nothing.
 """
 
 from __future__ import annotations
 
 from ingot.world.check import check, parse_request
-from ingot.world.vocabulary import TASTES
+from ingot.world.vocabulary import TOLD
 
 
 def pleases(prompt: str, story: str) -> bool:
@@ -33,4 +33,4 @@ def merit(prompt: str, story: str) -> int:
     found = check(story, request)
     if found.facts is None or not (found.well_formed and found.follows_all):
         return 0
-    return 2 if found.facts.encounter in TASTES[request.reader] else 1
+    return 2 if found.facts.encounter == TOLD[request.reader][0] else 1

@@ -1,4 +1,4 @@
-"""The demo's course: text, training with looks at the model on the way, final figures, report."""
+"""The demo's first stage: text, training with looks at the model on the way, final figures and a report of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +22,13 @@ from ingot.demo.page import draw_page
 from ingot.durable import write_file
 from ingot.environment import cpu_name
 from ingot.training.callbacks import Callback, RunView
-from ingot.training.pretrain import pretrain
+from ingot.training.metrics import MetricsLog
+from ingot.training.pretrain import pretrain, resume
+from ingot.training.runs import RUN_FILE
+
+if TYPE_CHECKING:
+    from ingot.models.base import Model
+    from ingot.tokenizer import Tokenizer
 
 TARGETS: dict[str, dict[str, tuple[str, float]]] = {
     "world": {
@@ -55,10 +61,15 @@ _SHOWN = 4
 _BASELINE_DOCUMENTS = 20_000
 
 
-def show(config: DemoConfig) -> dict[str, Any]:
-    """See :func:`ingot.demo.run`."""
+def pretrain_stage(config: DemoConfig, console: Console) -> dict[str, Any]:
+    """Pretrain in ``config.output``, measure, and write report.json and report.html there.
+
+    Returns
+    -------
+    dict
+        The content of report.json; empty for a dry run.
+    """
     began = time.perf_counter()
-    console = Console(quiet=config.json, highlight=False)
     settings = _settings(config)
     assert settings.max_steps is not None
     console.print(
@@ -77,14 +88,18 @@ def show(config: DemoConfig) -> dict[str, Any]:
     if config.dry_run:
         pretrain(settings, corpus, dry_run=True, quiet=config.json)
         return {}
-    look = _Look(held_out, config, console)
-    result = pretrain(settings, corpus, [look], quiet=config.json)
-    trained_s = look.trained_s
+    folder = Path(settings.output)
+    look = _Look(folder, held_out, config, console)
+    if (folder / RUN_FILE).is_file():
+        model, tokenizer = _go_on(folder, corpus, look, config)
+    else:
+        result = pretrain(settings, corpus, [look], quiet=config.json)
+        model, tokenizer = result.model, result.tokenizer
 
     console.print(f"\nThe finished model writes {config.num_samples} stories and reads as many held-out ones ...")
     requests = [document.story.request for document in held_out]
-    reading = read(result.model, result.tokenizer, held_out)
-    samples = write(result.model, result.tokenizer, requests, seed=config.seed)
+    reading = read(model, tokenizer, held_out)
+    samples = write(model, tokenizer, requests, seed=config.seed)
     final = figures(reading, samples, {document.story.text for document in training})
     accuracy = final.pop("question_accuracy")
     report = {
@@ -101,8 +116,8 @@ def show(config: DemoConfig) -> dict[str, Any]:
         "steps": settings.max_steps,
         "exercises": len(exercises),
         "tokens": look.tokens,
-        "num_parameters": result.model.num_parameters,
-        "elapsed_s": trained_s,
+        "num_parameters": model.num_parameters,
+        "elapsed_s": look.trained_s,
         "total_s": time.perf_counter() - began,
         "machine": {
             "cpu": cpu_name(),
@@ -112,16 +127,17 @@ def show(config: DemoConfig) -> dict[str, Any]:
         "history": look.history,
         "samples": [_sample_facts(sample) for sample in samples[:20]],
     }
-    folder = Path(settings.output)
-    answers = [(document, answer(result.model, result.tokenizer, document)) for document in held_out[:3]]
+    answers = [(document, answer(model, tokenizer, document)) for document in held_out[:3]]
     write_file(folder / "report.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     write_file(folder / "report.html", draw_page(report, look.samples, samples[:_SHOWN], answers).encode())
-    if config.json:
-        # The one thing that this command prints then.
-        print(json.dumps(report, indent=1, ensure_ascii=False))  # noqa: T201
-    else:
-        _summarise(console, report, samples[:_SHOWN], folder)
+    _summarise(console, report, samples[:_SHOWN], folder)
     return report
+
+
+def share_of(config: DemoConfig) -> float:
+    """How far the demo is cut short, from 0 to 1: the steps that it takes beside those of its recipe."""
+    whole = load_recipe(config.recipe)["max_steps"]
+    return 1.0 if config.max_steps is None else min(1.0, config.max_steps / whole)
 
 
 def num_documents(settings: PretrainConfig) -> int:
@@ -154,10 +170,21 @@ def verdicts(recipe: str, final: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     }
 
 
-class _Look(Callback):
-    """Measures the model before, during and after training, and shows how its stories change."""
+def _go_on(folder: Path, corpus: Corpus, look: _Look, config: DemoConfig) -> tuple[Model, Tokenizer]:
+    """The finished model of a run that was interrupted, or whose report is not written yet."""
+    if json.loads((folder / RUN_FILE).read_bytes())["finished"]:
+        look.recall(None)
+        place: dict[str, Any] = {"threads": config.threads, "level": config.level}
+        return ingot.load_model(folder, **place), ingot.Tokenizer.from_file(folder)
+    result = resume(folder, data=corpus, callbacks=[look], quiet=config.json)
+    return result.model, result.tokenizer
 
-    def __init__(self, held_out: Sequence[world.Document], config: DemoConfig, console: Console) -> None:
+
+class _Look(Callback):
+    """Measures the model before, during and after training, and shows how its stories change. What it saw is kept in looks.jsonl."""
+
+    def __init__(self, folder: Path, held_out: Sequence[world.Document], config: DemoConfig, console: Console) -> None:
+        self._log = MetricsLog(folder / "looks.jsonl")
         self._documents = held_out[:_LOOK_DOCUMENTS]
         self._requests = [document.story.request for document in self._documents]
         self._seed = config.seed
@@ -170,6 +197,28 @@ class _Look(Callback):
         self.samples: list[tuple[int, list[Sample]]] = []
         """Steps, and what the model wrote then."""
 
+    def on_start(self, run: RunView) -> None:
+        self.recall(run.step)
+        self._resumed_at = time.perf_counter()
+
+    def recall(self, step: int | None) -> None:
+        """What was seen before, up to ``step``; all of it where that is None."""
+        kept = [line for line in self._log.read() if step is None or line["look"]["step"] <= step]
+        self._log.cut(len(kept))
+        self.history = [line["look"] for line in kept]
+        self.samples = [
+            (
+                line["look"]["step"],
+                [
+                    Sample(request, text, world.check(text, request))
+                    for request, text in zip(self._requests, line["texts"], strict=False)
+                ],
+            )
+            for line in kept
+        ]
+        if kept:
+            self.trained_s, self.tokens = self.history[-1]["elapsed_s"], self.history[-1]["tokens"]
+
     def on_evaluate(self, run: RunView, metrics: Mapping[str, Any]) -> None:
         if self._resumed_at is not None:
             self.trained_s += time.perf_counter() - self._resumed_at
@@ -180,6 +229,7 @@ class _Look(Callback):
         del now["copied"]
         self.history.append({"step": run.step, "tokens": self.tokens, "elapsed_s": self.trained_s, **now})
         self.samples.append((run.step, samples[:_SHOWN]))
+        self._log.append({"look": self.history[-1], "texts": [sample.text for sample in samples[:_SHOWN]]})
         self._console.print(
             f"\nstep {run.step}: held-out loss {now['held_out_loss']:.3f} (true entropy {now['true_entropy']:.3f}), "
             f"well-formed {now['well_formed']:.0%}, as asked {now['follows_request']['all']:.0%}, "

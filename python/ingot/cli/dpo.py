@@ -1,0 +1,81 @@
+"""``ingot dpo``: configuration file and flags become one DPOConfig; the loop itself is training/dpo.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.configs import DPOConfig, load_toml
+from ingot.errors import ConfigError, DataError
+
+_GROUPS = (LENGTHS,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPO(DPOConfig):
+    """Train a model on preferences directly: pairs, ranked lists, or single verdicts.
+
+    Log-probabilities under the reference model are computed once, before training, and kept with the run. Settings come from --config,
+    then the flags over it; the result is saved with the run before anything slow starts. Ctrl-C saves and prints the line that resumes.
+    """
+
+    config: str | None = None
+    """Start from a TOML file with these names (dashes as underscores)."""
+    resume: str | None = None
+    """Go on with an interrupted run: its folder. With --max-steps N a finished one is extended."""
+    force: bool = False
+    """Go on from a model whose own run did not pass its gate."""
+    dry_run: bool = False
+    """Print what the run would be, its cost in time and memory, and stop."""
+    json: bool = False
+    """Print nothing but one JSON line at the end: steps, losses, the verdict, the folder."""
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> DPO:
+        """Flags over the configuration file over the defaults."""
+        from ingot.cli import parse_flags
+
+        fields: dict[str, Any] = {}
+        config = flag_value(arguments, "config")
+        if config is not None:
+            override(fields, DPOConfig.fields_of(load_toml(config), config), _GROUPS)
+        override(fields, {}, _GROUPS, flag_names(arguments))
+        return parse_flags(cls, arguments, prog="ingot dpo", default=cls(**fields))
+
+    def settings(self) -> DPOConfig:
+        """The configuration of the run, without the flags that only led to it."""
+        names = [field.name for field in dataclasses.fields(DPOConfig)]
+        return DPOConfig(**{name: getattr(self, name) for name in names})
+
+    def run(self) -> int:
+        """Start or resume the run."""
+        from ingot.training import dpo as phase
+        from ingot.training.verdicts import read_verdict
+
+        if self.resume is not None:
+            result = phase.resume(
+                self.resume, max_steps=self.max_steps, threads=self.threads, level=self.level, quiet=self.json
+            )
+        else:
+            if not self.model:
+                raise ConfigError("no model to start from: give --model with the folder of a fine-tuned one")
+            if not self.data:
+                raise DataError("no preferences to learn from: give --data with files of rows")
+            result = phase.dpo(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
+        if self.json:
+            last = [line for line in result.history if "loss" in line]
+            verdict = None if self.dry_run else read_verdict(result.output)
+            facts = {
+                "output": str(result.output),
+                "steps": last[-1]["step"] if last else 0,
+                "best_loss": result.best_loss,
+                "final_loss": result.final_loss,
+                "passed": None if verdict is None else verdict.passed,
+                **({} if verdict is None else verdict.figures),
+                "num_parameters": result.model.num_parameters,
+            }
+            print(json.dumps(facts))
+        return 0

@@ -1,0 +1,83 @@
+"""``ingot grpo``: configuration file and flags become one GRPOConfig; the loop itself is training/grpo.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.configs import GRPOConfig, load_toml
+from ingot.errors import ConfigError, DataError
+
+_GROUPS = ((*LENGTHS, "total_episodes"),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPO(GRPOConfig):
+    """Let a model give several answers to each prompt and learn from how their rewards compare (GRPO, DAPO, RLOO and others).
+
+    It starts from a model that answers (ingot sft) and a reward: Python functions, the folder of a reward model, or several with weights.
+    What it gains is measured on held-out prompts. Settings come from --config, then the flags over it; the result is saved with the run
+    before anything slow starts. Ctrl-C saves and prints the line that resumes.
+    """
+
+    config: str | None = None
+    """Start from a TOML file with these names (dashes as underscores)."""
+    resume: str | None = None
+    """Go on with an interrupted run: its folder. With --max-steps N a finished one is extended."""
+    dry_run: bool = False
+    """Print what the run would be, its cost in time and memory, and stop."""
+    json: bool = False
+    """Print nothing but one JSON line at the end: updates, what was measured before and after, the folder."""
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> GRPO:
+        """Flags over the configuration file over the defaults."""
+        from ingot.cli import parse_flags
+
+        fields: dict[str, Any] = {}
+        config = flag_value(arguments, "config")
+        if config is not None:
+            override(fields, GRPOConfig.fields_of(load_toml(config), config), _GROUPS)
+        given = flag_names(arguments)
+        override(fields, {}, _GROUPS, given)
+        if given & {"reward", "reward_weights"}:
+            # Rewards on the command line stand instead of those of the file, and are not added to them; weights belong to their rewards.
+            fields.pop("reward_weights", None)
+            fields.pop("reward" if "reward" in given else "", None)
+        return parse_flags(cls, arguments, prog="ingot grpo", default=cls(**fields))
+
+    def settings(self) -> GRPOConfig:
+        """The configuration of the run, without the flags that only led to it."""
+        names = [field.name for field in dataclasses.fields(GRPOConfig)]
+        return GRPOConfig(**{name: getattr(self, name) for name in names})
+
+    def run(self) -> int:
+        """Start or resume the run."""
+        from ingot.training import grpo as phase
+        from ingot.training.verdicts import read_verdict
+
+        if self.resume is not None:
+            result = phase.resume(
+                self.resume, max_steps=self.max_steps, threads=self.threads, level=self.level, quiet=self.json
+            )
+        else:
+            if not self.model:
+                raise ConfigError("no model to start from: give --model with the folder of one that answers")
+            if not self.prompts:
+                raise DataError("no prompts to answer: give --prompts with files of rows")
+            result = phase.grpo(self.settings(), dry_run=self.dry_run, quiet=self.json)
+        if self.json:
+            steps = [line["step"] for line in result.history if "loss" in line]
+            verdict = None if self.dry_run else read_verdict(result.output)
+            facts = {
+                "output": str(result.output),
+                "steps": steps[-1] if steps else 0,
+                "passed": None if verdict is None else verdict.passed,
+                "figures": {} if verdict is None else dict(verdict.figures),
+                "num_parameters": result.model.config.num_parameters,
+            }
+            print(json.dumps(facts))
+        return 0

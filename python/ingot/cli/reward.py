@@ -1,0 +1,81 @@
+"""``ingot reward``: configuration file and flags become one RewardConfig; the loop itself is training/reward_model.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.configs import RewardConfig, load_toml
+from ingot.errors import ConfigError, DataError
+
+_GROUPS = (LENGTHS,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward(RewardConfig):
+    """Train a model on rankings that scores answers as people would.
+
+    It ends with a verdict on held-out pairs, beside what people agree on and what rules without a network get. Settings come from --config, then
+    the flags over it; the result is saved with the run before anything slow starts. Ctrl-C saves and prints the line that resumes.
+    """
+
+    config: str | None = None
+    """Start from a TOML file with these names (dashes as underscores)."""
+    resume: str | None = None
+    """Go on with an interrupted run: its folder. With --max-steps N a finished one is extended."""
+    dry_run: bool = False
+    """Print what the run would be, its cost in time and memory, and stop."""
+    force: bool = False
+    """Go on where the run that made the model did not pass its own gate."""
+    json: bool = False
+    """Print nothing but one JSON line at the end: steps, losses, the folder, the verdict."""
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Reward:
+        """Flags over the configuration file over the defaults."""
+        from ingot.cli import parse_flags
+
+        fields: dict[str, Any] = {}
+        config = flag_value(arguments, "config")
+        if config is not None:
+            override(fields, RewardConfig.fields_of(load_toml(config), config), _GROUPS)
+        override(fields, {}, _GROUPS, flag_names(arguments))
+        return parse_flags(cls, arguments, prog="ingot reward", default=cls(**fields))
+
+    def settings(self) -> RewardConfig:
+        """The configuration of the run, without the flags that only led to it."""
+        names = [field.name for field in dataclasses.fields(RewardConfig)]
+        return RewardConfig(**{name: getattr(self, name) for name in names})
+
+    def run(self) -> int:
+        """Start or resume the run."""
+        from ingot.training import reward_model as phase
+        from ingot.training.verdicts import read_verdict
+
+        if self.resume is not None:
+            result = phase.resume(
+                self.resume, max_steps=self.max_steps, threads=self.threads, level=self.level, quiet=self.json
+            )
+        else:
+            if not self.model:
+                raise ConfigError("no model to start from: give --model with the folder of one that answers")
+            if not self.data:
+                raise DataError("no judgements to learn from: give --data with files of ranked lists or pairs")
+            result = phase.train_reward_model(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
+        if self.json:
+            last = [line for line in result.history if "loss" in line]
+            facts: dict[str, Any] = {
+                "output": str(result.output),
+                "steps": last[-1]["step"] if last else 0,
+                "best_loss": result.best_loss,
+                "final_loss": result.final_loss,
+                "num_parameters": result.model.num_parameters,
+            }
+            verdict = read_verdict(result.output)
+            if verdict is not None:
+                facts |= {"passed": verdict.passed, "verdict": verdict.text, **verdict.figures}
+            print(json.dumps(facts))
+        return 0

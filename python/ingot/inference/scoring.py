@@ -1,0 +1,315 @@
+"""Scores of whole responses by a reward model: for best of n, for rollouts, and as a judge.
+
+A response's score is ``gain * value + bias`` of the scalar head at its last token, which is the end of its turn: where a response was
+cut off without one, the end is put behind it. Each criterion that the model was trained on (helpful, harmless) has a head of its own.
+
+Shape legend: n responses, k criteria, N tokens of a packed batch, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ingot.data.chat import ChatEncoder, ChatTemplate
+from ingot.data.rows import Content, Message
+from ingot.errors import ConfigError, DataError
+from ingot.losses.numerics import Float64, f64
+from ingot.losses.reward import end_rows, rewards_at_ends
+from ingot.models import load_model
+from ingot.models.base import IntArray, LongArray
+from ingot.models.hf import CONFIG_FILE, open_folder, write_scorer
+from ingot.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ingot.configs import ModelConfig
+    from ingot.models.base import Model
+
+UNNAMED = "reward"
+"""The criterion of a model that was trained on judgements without one."""
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""Called with responses done and in all."""
+
+_PACK_TOKENS = 16384
+
+
+class RewardModel:
+    """A model with scalar heads, and how text becomes its tokens.
+
+    Parameters
+    ----------
+    model
+        With as many scalar heads as ``criteria``. Its weights may go on changing.
+    encoder
+        The chat template and tokenizer that it was trained with.
+    criteria
+        Names of the heads.
+    gain, bias
+        [k]: make scores of the heads' values; 1 and 0 unless given.
+    weights
+        What each criterion counts in :meth:`score`; those that are not named count 0. The mean of all unless given.
+    name
+        For messages to people and as the name of a reward.
+
+    Raises
+    ------
+    ConfigError
+        ``weights`` names no criterion of the model, or holds no finite number.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        encoder: ChatEncoder,
+        criteria: Sequence[str] = (UNNAMED,),
+        *,
+        gain: npt.ArrayLike | None = None,
+        bias: npt.ArrayLike | None = None,
+        weights: Mapping[str, float] | None = None,
+        name: str = "the reward model",
+    ) -> None:
+        if model.num_values != len(criteria):
+            raise ValueError(f"the model has {model.num_values} scalar heads, but {len(criteria)} criteria are named")
+        self.model = model
+        self.encoder = encoder
+        self.criteria = tuple(criteria)
+        self.name = self.__name__ = name
+        self.gain = np.ones(len(self.criteria)) if gain is None else f64(gain)
+        self.bias = np.zeros(len(self.criteria)) if bias is None else f64(bias)
+        self.weights = self._weights(weights)
+        """What each criterion counts in :meth:`score`, f64 [k]."""
+
+    @classmethod
+    def load(cls, folder: str | Path, *, weights: Mapping[str, float] | None = None, **place: Any) -> RewardModel:
+        """The reward model in a folder; ``FOLDER:CRITERION`` is one with that criterion's head alone counting.
+
+        ``place`` are ``backend``, ``device``, ``threads``, ``level`` and ``precision`` of :func:`ingot.load_model`.
+
+        Raises
+        ------
+        ConfigError
+            The folder holds a model without scores, or no such criterion.
+        CheckpointError, DataError
+            There is no model, it is damaged, or its tokenizer and template do not fit together.
+        """
+        path, criterion = split_name(str(folder))
+        saved = open_folder(path)
+        if saved.labels is None and saved.num_values:
+            raise ConfigError(
+                f"{path}: holds a network in training, whose scalar heads are not yet brought to a scale: give the folder of its run"
+            )
+        if saved.labels is None:
+            raise ConfigError(
+                f"{path}: holds a model that writes, not one that scores: give the folder of a reward model (ingot reward makes one)"
+            )
+        if criterion is not None:
+            if weights is not None:
+                raise ConfigError(f"{folder}: names a criterion, and weights are given too: give one of them")
+            weights = {criterion: 1.0}
+        encoder = ChatEncoder(ChatTemplate.of_model(path), Tokenizer.from_file(path))
+        if encoder.tokenizer.vocab_size > saved.config.vocab_size:
+            raise ConfigError(
+                f"{path}: the tokenizer has {encoder.tokenizer.vocab_size} tokens but the model only {saved.config.vocab_size}: "
+                "they do not belong together"
+            )
+        model = load_model(path, **place)
+        return cls(
+            model,
+            encoder,
+            saved.labels,
+            weights=weights,
+            name=Path(path).resolve().name + (f":{criterion}" if criterion else ""),
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's shape."""
+        return self.model.config
+
+    def _weights(self, weights: Mapping[str, float] | None) -> Float64:
+        if weights is None:
+            return np.full(len(self.criteria), 1.0 / len(self.criteria))
+        for criterion, weight in weights.items():
+            if criterion not in self.criteria:
+                raise ConfigError(f"{self.name}: scores {', '.join(self.criteria)}, not {criterion!r}")
+            if not np.isfinite(weight):
+                raise ConfigError(f"{self.name}: the weight of {criterion} is {weight}: give a finite number")
+        return np.array([weights.get(criterion, 0.0) for criterion in self.criteria], np.float64)
+
+    # ---- text
+
+    def score(
+        self, prompts: Sequence[Content], completions: Sequence[Content], progress: Progress | None = None
+    ) -> Float64:
+        """Score of each completion after its prompt, f64 [n]: the criteria's scores by :attr:`weights`.
+
+        Parameters
+        ----------
+        prompts
+            Text or messages.
+        completions
+            In the form of their prompts; text after messages is the assistant's message.
+        progress
+            See :data:`Progress`.
+
+        Raises
+        ------
+        DataError
+            A prompt with its completion is longer than the model's context, or the template cannot write it.
+        """
+        return self.score_each(prompts, completions, progress) @ self.weights
+
+    def score_each(
+        self, prompts: Sequence[Content], completions: Sequence[Content], progress: Progress | None = None
+    ) -> Float64:
+        """The same for each criterion, f64 [n, k]."""
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(completions)} completions for {len(prompts)} prompts")
+        return self.score_ids_each(
+            [self._ids(*each, n) for n, each in enumerate(zip(prompts, completions, strict=True))], progress
+        )
+
+    def __call__(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[float]:
+        """As a reward function."""
+        return [float(each) for each in self.score(prompts, completions)]
+
+    def _ids(self, prompt: Content, completion: Content, number: int) -> IntArray:
+        try:
+            if isinstance(prompt, str):
+                if not isinstance(completion, str):
+                    raise DataError("the completion is a list of messages, but the prompt is text")
+                return self._fitting(self.encoder.encode_text(completion, prompt).ids, number)
+            answer: list[Message] = (
+                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            )
+            return self._fitting(self.encoder.encode([*prompt, *answer], first_trained=len(prompt)).ids, number)
+        except DataError as error:
+            raise DataError(f"{self.name}: response {number} cannot be scored: {error}") from None
+
+    def _fitting(self, ids: IntArray, number: int) -> IntArray:
+        context = self.model.config.max_position_embeddings
+        if len(ids) > context:
+            raise DataError(
+                f"it has {len(ids)} tokens with its prompt, and the model's context is {context}: shorten it or leave it out"
+            )
+        return ids
+
+    # ---- tokens
+
+    def require_tokens_of(self, encoder: ChatEncoder | Tokenizer, source: str) -> None:
+        """Refuse token ids of another tokenizer, or (where an encoder is given) dialogues by another template.
+
+        Raises
+        ------
+        ConfigError
+            Says whose differ and what to do.
+        """
+        tokenizer = encoder.tokenizer if isinstance(encoder, ChatEncoder) else encoder
+        if tokenizer.hash != self.encoder.tokenizer.hash:
+            raise ConfigError(
+                f"{self.name}: its tokenizer ({self.encoder.tokenizer.vocab_size} tokens) is not that of {source} "
+                f"({tokenizer.vocab_size} tokens), so that it would read other text: train a reward model from {source} (ingot reward --model {source})"
+            )
+        if isinstance(encoder, ChatEncoder) and encoder.template.hash != self.encoder.template.hash:
+            raise ConfigError(
+                f"{self.name}: its chat template is not that of {source}: train a reward model from {source} (ingot reward --model {source})"
+            )
+
+    def score_tokens(self, tokens: IntArray, offsets: LongArray, *, end_id: int | None = None) -> Float64:
+        """Score of each sequence of a packed batch, prompt and response, f64 [S]: what :meth:`score` gives for the same text.
+
+        Parameters
+        ----------
+        tokens, offsets
+            i32 [N], i64 [S + 1], of the same tokenizer (:meth:`require_tokens_of`), such as those of
+            :class:`ingot.training.rollouts.Rollouts`.
+        end_id
+            Put behind a sequence whose last token ends nothing; the end of a turn unless given. For plain text it is
+            ``encoder.text_end_id``. Where such a sequence already fills the model's context, it takes its last token's place.
+
+        Raises
+        ------
+        DataError
+            A sequence is empty, or longer than the model's context.
+        """
+        return self.score_tokens_each(tokens, offsets, end_id=end_id) @ self.weights
+
+    def score_tokens_each(self, tokens: IntArray, offsets: LongArray, *, end_id: int | None = None) -> Float64:
+        """The same for each criterion, f64 [S, k]."""
+        end = self.encoder.end_of_turn_id if end_id is None else end_id
+        context = self.model.config.max_position_embeddings
+        sequences = []
+        for number, (low, high) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            ids = tokens[low:high]
+            if not 0 < len(ids) <= context:
+                raise DataError(
+                    f"{self.name}: sequence {number} has {len(ids)} tokens; a score needs 1 to {context} of them"
+                )
+            if int(ids[-1]) not in self.encoder.end_ids:
+                ids = np.append(ids[: context - 1], np.int32(end))
+            sequences.append(np.asarray(ids, np.int32))
+        return self.score_ids_each(sequences)
+
+    def score_ids_each(self, sequences: Sequence[IntArray], progress: Progress | None = None) -> Float64:
+        """The heads' scores at the last token of each of these sequences as they are, f64 [n, k]."""
+        scores = np.empty((len(sequences), len(self.criteria)))
+        for first, last in _packs([len(each) for each in sequences]):
+            scores[first:last] = head_values(self.model, sequences[first:last])
+            if progress is not None:
+                progress(last, len(sequences))
+        return self.gain * scores + self.bias
+
+    # ---- files
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` as transformers' ``*ForSequenceClassification``, gain and bias folded in."""
+        state = self.model.state()
+        state["score.weight"] = (self.gain[:, None] * state["score.weight"]).astype(np.float32)
+        state["score.bias"] = (self.gain * state["score.bias"] + self.bias).astype(np.float32)
+        write_scorer(folder, self.model.config, state, labels=self.criteria, pad_token_id=self.encoder.pad_token_id)
+
+
+def head_values(model: Model, sequences: Sequence[IntArray]) -> Float64:
+    """Values of the scalar heads at the last token of each sequence, f64 [n, k], in one pass."""
+    offsets = np.concatenate([[0], np.cumsum([len(each) for each in sequences], dtype=np.int64)]).astype(np.int64)
+    rows = np.zeros(int(offsets[-1]), np.bool_)
+    rows[end_rows(offsets)] = True
+    _, out = model.forward(
+        np.concatenate(sequences),
+        offsets,
+        np.full(len(rows), -1, np.int32),
+        want=("values",),
+        value_rows=rows,
+        train=False,
+    )
+    return rewards_at_ends(out.values, offsets).reshape(len(sequences), -1)
+
+
+def is_reward_folder(name: str) -> bool:
+    """Whether ``name``, or what stands before its last colon, is a folder with a model."""
+    return (Path(split_name(name)[0]) / CONFIG_FILE).is_file()
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Folder and criterion of ``FOLDER`` or ``FOLDER:CRITERION``."""
+    folder, colon, criterion = name.rpartition(":")
+    if colon and criterion and not Path(name).is_dir() and Path(folder).is_dir():
+        return folder, criterion
+    return name, None
+
+
+def _packs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of sequences that follow one another with at most so many tokens together (at least one sequence)."""
+    first = total = 0
+    for number, length in enumerate(lengths):
+        if total and total + length > _PACK_TOKENS:
+            yield first, number
+            first, total = number, 0
+        total += length
+    if total:
+        yield first, len(lengths)

@@ -1,0 +1,128 @@
+"""A policy and what estimates its values, which train and are saved together.
+
+The critic is a head on the policy's own network, or a network of its own. What a folder holds of the policy is a plain causal language
+model either way; the head is in ``value_head.safetensors`` beside it, the other network in ``critic.safetensors``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ingot.configs import ModelConfig, PPOConfig
+from ingot.models import Model as make_model
+from ingot.models.base import Model, StepInfo
+from ingot.models.hf import write_folder
+from ingot.models.safetensors_files import write_tensors
+from ingot.training.checkpoints import read_optimizer, read_weights
+from ingot.training.setup import Setup, load_policy
+from ingot.training.trainer import make_optimizer
+
+HEAD_FILE = "value_head.safetensors"
+CRITIC_FILE = "critic.safetensors"
+
+_PREFIX = "critic."
+
+
+class ActorCritic:
+    """Both of them.
+
+    Parameters
+    ----------
+    policy
+        With one scalar head where it is its own critic.
+    critic
+        A network with one scalar head; None for the policy's own.
+    """
+
+    def __init__(self, policy: Model, critic: Model | None = None) -> None:
+        self.policy = policy
+        self.critic = critic
+
+    @classmethod
+    def start(cls, config: PPOConfig, setup: Setup) -> ActorCritic:
+        """As a new run begins: a critic that says 0, or what the reward model says."""
+        if config.critic == "shared":
+            return cls(setup.policy)
+        if config.critic == "policy":
+            return cls(setup.policy, load_policy(config, num_values=1))
+        return cls(setup.policy, _critic_of(config))
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the policy."""
+        return self.policy.config
+
+    @property
+    def optimizer(self) -> ActorCritic:
+        """Both optimizers."""
+        return self
+
+    def zero_grad(self) -> None:
+        """Of both."""
+        self.policy.zero_grad()
+        if self.critic is not None:
+            self.critic.zero_grad()
+
+    def step(self, rate: float, critic_rate: float, clip_norm: float | None) -> tuple[StepInfo, StepInfo | None]:
+        """A step of each, with norms of their own."""
+        info = self.policy.step(rate, clip_norm=clip_norm)
+        return info, None if self.critic is None else self.critic.step(critic_rate, clip_norm=clip_norm)
+
+    # ---- files
+
+    def save(self, folder: str | Path) -> None:
+        """The policy as a Hugging Face directory, and what estimates values in a file beside it."""
+        state = self.policy.state()
+        heads = {name: values for name, values in state.items() if name.startswith("score.")}
+        write_folder(folder, self.config, {name: values for name, values in state.items() if name not in heads})
+        if self.critic is not None:
+            write_tensors(Path(folder) / CRITIC_FILE, self.critic.state())
+        else:
+            write_tensors(Path(folder) / HEAD_FILE, heads)
+
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Moments of both."""
+        moments = self.policy.optimizer.state()
+        if self.critic is not None:
+            moments |= {_PREFIX + name: values for name, values in self.critic.optimizer.state().items()}
+        return moments
+
+    def restore(self, config: Any, checkpoint: Path | None) -> None:
+        """New optimizers; weights and moments as ``checkpoint`` has them."""
+        from safetensors.numpy import load_file
+
+        self.policy.optimizer = make_optimizer(config, self.policy)
+        if self.critic is not None:
+            self.critic.optimizer = make_optimizer(config, self.critic)
+        if checkpoint is None:
+            return
+        weights, moments = read_weights(checkpoint), read_optimizer(checkpoint)
+        if self.critic is None:
+            self.policy.load_state(weights | load_file(checkpoint / HEAD_FILE))
+        else:
+            self.policy.load_state(weights)
+            self.critic.load_state(load_file(checkpoint / CRITIC_FILE))
+            own = {name: values for name, values in moments.items() if name.startswith(_PREFIX)}
+            self.critic.optimizer.load_state({name.removeprefix(_PREFIX): values for name, values in own.items()})
+            moments = {name: values for name, values in moments.items() if name not in own}
+        self.policy.optimizer.load_state(moments)
+
+
+def _critic_of(config: PPOConfig) -> Model:
+    """A network that starts as the reward model, its criteria made one by their weights."""
+    from ingot.inference.scoring import RewardModel
+
+    assert config.reward_model is not None
+    rewarder = RewardModel.load(config.reward_model, **config.place)
+    state = rewarder.model.state()
+    weights = rewarder.weights
+    state["score.weight"] = (weights @ (rewarder.gain[:, None] * state["score.weight"]))[None].astype(np.float32)
+    state["score.bias"] = np.array([weights @ (rewarder.gain * state["score.bias"] + rewarder.bias)], np.float32)
+    critic = make_model(dataclasses.replace(rewarder.config, dropout=0.0), num_values=1, **config.place)
+    critic.load_state(state)
+    return critic
