@@ -28,8 +28,6 @@ from ingot.training.runs import RunFolder
 class Weights:
     """Plays model and optimizer: one array each."""
 
-    active_adapter = None
-
     config = types.SimpleNamespace(max_position_embeddings=64)
 
     def __init__(self, value: float) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from ingot.configs.checks import require
-from ingot.configs.training import TrainingConfig
+from ingot.configs.lora import LoraConfig
 
 PairLoss = Literal[
     "sigmoid",
@@ -37,7 +37,7 @@ SMOOTHED: tuple[str, ...] = ("sigmoid", "robust", "sigmoid_norm", "exo_pair", "a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainingConfig):
+class DPOConfig(LoraConfig):
     """Direct preference optimisation: a fine-tuned model and pairs, ranked lists or verdicts in, a model that prefers the better answers out."""
 
     model: str = ""

@@ -43,6 +43,7 @@ from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, require_memory
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
+from ingot.training.lora import attach_adapter, num_trained
 from ingot.training.preference_checks import pair_accuracy, rules, separation, verdict_of
 from ingot.training.preferences import (
     Comparisons,
@@ -103,6 +104,7 @@ def dpo(
     if dry_run:
         preferences = prepare_preferences(config, None, shape, rows, display)
         model = _make_model(config, preferences, None)
+        attach_adapter(config, model, {})
         _decide(config, preferences, model, {}, 0, display)
         return TrainingResult([], model, preferences.encoder.tokenizer, Path(config.output), None, None)
     with RunFolder.create(config.output, "dpo", config.to_dict()) as folder:
@@ -152,7 +154,9 @@ def _train(
         preferences = prepare_preferences(config, folder, shape, rows, display)
         folder.facts["data"] = preferences.facts
         checkpoint = newest_usable(folder.path, display.say)
-        model = _make_model(config, preferences, shape if checkpoint else None)
+        # An adapter's checkpoint lacks the weights below it.
+        model = _make_model(config, preferences, shape if checkpoint and not config.lora_rank else None)
+        attach_adapter(config, model, folder.facts)
         folder.facts["model_config"] = model.config.to_dict()
         state = saved_state(folder, checkpoint)
         known = folder.facts.get("decisions", {})
@@ -190,7 +194,8 @@ def _make_model(config: DPOConfig, preferences: Preferences, known: ModelConfig 
     """
     if known is not None:
         return Model(known, seed=config.seed, **config.place)
-    require_memory(_start_shape(config), preferences.pack_length, memory_limit())
+    shape = _start_shape(config)
+    require_memory(shape, preferences.pack_length, memory_limit(), num_trained(config, shape))
     return _start(config, preferences, config.model)
 
 
@@ -214,7 +219,9 @@ def _start(config: DPOConfig, preferences: Preferences, folder: str) -> ModelPro
     if loaded.config == shape and num_ids == num_known:
         return loaded
     model = Model(shape, seed=config.seed, **config.place)
-    model.load_state(grow_vocabulary(loaded.state(), num_known=num_known, num_ids=num_ids, seed=config.seed))
+    frozen = bool(config.lora_rank)
+    state = grow_vocabulary(loaded.state(), num_known=num_known, num_ids=num_ids, seed=config.seed, frozen=frozen)
+    model.load_state(state)
     return model
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ingot.configs.lora import LoraConfig
 from ingot.errors import CheckpointError, RunError
-from ingot.models.adapters import adapter_table, linear_modules, read_adapter, select_modules
+from ingot.models.adapters import Adapted, adapter_table, linear_modules, read_adapter, select_modules
 
 if TYPE_CHECKING:
     from ingot.configs import ModelConfig
@@ -87,10 +87,9 @@ def load_trained_state(model: Model, state: Mapping[str, npt.NDArray[np.float32]
 
 
 def save_beside(saved: object, folder: Path) -> None:
-    """Write the active adapter of a model, if any, to ``folder/adapter``. What is no model (a policy with its critic, a scorer) has none."""
-    active = getattr(saved, "active_adapter", None)
-    if active is not None:
-        cast("Model", saved).save_adapter(active, folder / ADAPTER_FOLDER)
+    """Where ``saved`` is a model with an active adapter, write that to ``folder/adapter``."""
+    if isinstance(saved, Adapted) and saved.active_adapter is not None:
+        saved.save_adapter(saved.active_adapter, folder / ADAPTER_FOLDER)
 
 
 def read_trained(model: Model, checkpoint: Path) -> Mapping[str, npt.NDArray[np.float32]]:
