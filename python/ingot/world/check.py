@@ -61,6 +61,8 @@ class Check:
     """For each of ``ASPECTS``, whether the story does what the first line asks."""
     facts: Facts | None
     """What the story tells, where all of it could be read."""
+    encounter: str | None
+    """The kind of encounter that it tells of; None where there is none, or more than one."""
     possible: bool
     """Whether the world tells such a story on such a request: everything in order, nobody in two places."""
 
@@ -102,10 +104,10 @@ def parse_story(text: str) -> Facts | None:
     ending, subject, companion, last_word = closed.groups()
     if subject != who or companion not in (None, friend_name) or _ENDING_OF[last_word] != ending:
         return None
-    verb, word = (group for group in encountered.groups() if group is not None)
+    _, word = (group for group in encountered.groups() if group is not None)
     return Facts(
         time, who, place, thing, friend_name, friend_place, tuple(made),
-        _ENCOUNTER_OF[verb, word], word, companion is not None, ending, last_word,
+        _kind_of(encountered), word, companion is not None, ending, last_word,
     )  # fmt: skip
 
 
@@ -127,11 +129,13 @@ def check(text: str, request: Request) -> Check:
         "ending": closed is not None and closed[1] == _ENDING_OF[closed[4]] == request.ending,
     }
     facts = parse_story(text)
+    encounters = [match for match in map(_ENCOUNTER.fullmatch, sentences) if match]
     return Check(
         num_sentences=max(1, len(sentences)),
         num_well_formed=sum(well_formed),
         follows=follows,
         facts=facts,
+        encounter=_kind_of(encounters[0]) if len(encounters) == 1 else None,
         possible=facts is not None and log_probability(request, facts) > -math.inf,
     )
 
@@ -178,6 +182,12 @@ def score_samples(requests: Sequence[Request], texts: Sequence[str], training: I
         follows_request=follows,
         possible=sum(one.possible for one in checks) / count,
     )
+
+
+def _kind_of(encounter: re.Match[str]) -> str:
+    """The kind of encounter that a sentence tells of."""
+    verb, word = (group for group in encounter.groups() if group is not None)
+    return _ENCOUNTER_OF[verb, word]
 
 
 def _parse_move(sentence: str, entities: Mapping[str, Entity]) -> Move | None:

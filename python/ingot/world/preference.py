@@ -26,11 +26,12 @@ def prefers(prompt: str, a: str, b: str) -> int:
 
 
 def merit(prompt: str, story: str) -> int:
-    """2 for a whole story that does what its first line asks and pleases the reader, 1 for one that only does what was asked, 0 for any other."""
+    """2 for a story that does what its first line asks, in sentences that are all right, with one encounter, of a kind that the reader likes;
+    1 for one of another kind, 0 for any other text."""
     request = parse_request(prompt)
     if request is None:
         raise ValueError(f"not a first line of the world: {prompt!r}")
     found = check(story, request)
-    if found.facts is None or not (found.well_formed and found.follows_all):
+    if found.encounter is None or not (found.well_formed and found.follows_all):
         return 0
-    return 2 if found.facts.encounter == TOLD[request.reader][0] else 1
+    return 2 if found.encounter == TOLD[request.reader][0] else 1
