@@ -417,6 +417,7 @@ class Trainer(Generic[ConfigT]):
             )
         else:
             self.display.say(f"{folder.path} holds the model; its curves are in {folder.path / 'curves.svg'}")
+        self.display.say(f"the run on a page: ingot report {folder.path}")
         self.notify(lambda callback, view: callback.on_end(view))
 
     def curves(self) -> bytes:
