@@ -24,6 +24,7 @@ from ingot.data.files import json_line
 from ingot.demo import DemoConfig
 from ingot.demo.pretraining import pretrain_stage, share_of
 from ingot.demo.requests import (
+    asked_by,
     conversation,
     demonstrations,
     held_out_requests,
@@ -40,8 +41,9 @@ from ingot.durable import write_file
 from ingot.environment import cpu_name
 from ingot.errors import RunError
 from ingot.feedback.candidates import read_candidates
-from ingot.feedback.records import to_row
+from ingot.feedback.records import Record, to_row
 from ingot.feedback.simulate import simulate_judgements
+from ingot.feedback.texts import plain
 from ingot.inference.prompts import PromptEncoder
 from ingot.inference.sample import sample_candidates
 from ingot.inference.scoring import RewardModel
@@ -157,8 +159,10 @@ class _Course:
             facts = {"elapsed_s": time.perf_counter() - start, **facts}
             self.keep(name, facts)
             self.console.print(f"[dim]{facts['elapsed_s']:.0f} s of a budget of {BUDGETS_S[name]:.0f} s[/]\n")
-        report = self.measure() | {"total_s": time.perf_counter() - began}
-        write_file(self.folder / "report.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+        content = json.dumps(self.measure() | {"total_s": time.perf_counter() - began}, indent=1, ensure_ascii=False)
+        write_file(self.folder / "report.json", content.encode() + b"\n")
+        # What stages say in tuples, the file has as lists.
+        report: dict[str, Any] = json.loads(content)
         write_file(self.folder / "report.html", draw_story(report).encode("utf-8", "replace"))
         self.summarise(report)
         return report
@@ -169,7 +173,8 @@ class _Course:
         """Raw text -> a model that continues it. It has a report of its own."""
         report = pretrain_stage(dataclasses.replace(self.config, output=self.at("pretrain")), self.console)
         figures = {"num_tokens": report["tokens"], "num_parameters": report["num_parameters"], "steps": report["steps"]}
-        figures |= {name: report[name] for name in ("true_entropy", "gap", "well_formed")}
+        figures |= {"true_entropy": report["true_entropy"], "gap": report["gap"]}
+        figures |= {"well_formed_sentences": report["well_formed"]}
         figures["follows_prompt"] = report["follows_request"]["all"]
         samples = [
             {"prompt": sample["prompt"], "answers": [{"label": "continues", "text": sample["story"], "facts": {}}]}
@@ -212,12 +217,12 @@ class _Course:
             raise KeyboardInterrupt
         first = read_candidates(self.at("candidates.jsonl")).groups[0]
         answers = [
-            {"label": str(place), "text": str(text[-1]["content"]), "facts": {}}  # type: ignore[index]
-            for place, text in enumerate(first.responses, 1)
+            {"label": str(place), "text": plain(response), "facts": {}}
+            for place, response in enumerate(first.responses, 1)
         ]
         return {
             "figures": {"num_prompts": result.num_prompts, "num_responses": NUM_RESPONSES * result.num_prompts},
-            "samples": [{"prompt": first.prompt[-1]["content"], "answers": answers}],  # type: ignore[index]
+            "samples": [{"prompt": asked_by(first.prompt), "answers": answers}],
         }
 
     def rank(self) -> dict[str, Any]:
@@ -230,17 +235,14 @@ class _Course:
         groups = read_candidates(self.at("candidates.jsonl")).groups
         records = simulate_judgements(groups, labeler(self.config.seed, NOISE))
         self.write("rankings.jsonl", map(to_row, records))
-        turned = [
-            group
-            for group, record in zip(groups, records, strict=True)
-            if any(
-                (quality(group.prompt, a) > quality(group.prompt, b)) and rank_a > rank_b
-                for a, rank_a in zip(group.responses, record.ranks or (), strict=True)
-                for b, rank_b in zip(group.responses, record.ranks or (), strict=True)
-            )
-        ]
-        self.console.print(f"{len(records):,} rankings, {len(turned):,} of them turned round")
-        return {"figures": {"num_rankings": len(records), "noise": NOISE, "flipped": len(turned) / len(records)}}
+        turned = [is_turned_round(record) for record in records]
+        self.console.print(f"{len(records):,} rankings, {sum(turned):,} of them turned round")
+        # One of each sort, for the page.
+        shown = [records[turned.index(sort)] for sort in (False, True) if sort in turned]
+        return {
+            "figures": {"num_rankings": len(records), "noise": NOISE, "flipped": sum(turned) / len(records)},
+            "samples": [ranking_sample(record) for record in shown],
+        }
 
     def train_reward_model(self) -> dict[str, Any]:
         """Rankings -> a model that scores."""
@@ -425,9 +427,10 @@ class _Course:
             table.add_row(label, *(shown.format(value) for value in values))
         table.add_row("distance from fine-tuned, nats a story", "", f"{report['kl']:.2f}", f"{report['dpo']['kl']:.2f}")
         self.console.print(table)
-        self.console.print(
-            f"The reward model orders {report['reward_accuracy']:.1%} of held-out pairs as the rule does."
-        )
+        if report["reward_accuracy"] is not None:
+            self.console.print(
+                f"The reward model orders {report['reward_accuracy']:.1%} of held-out pairs as the rule does."
+            )
         for sample in report["samples"][:2]:
             self.console.print(f"\n[bold]{sample['prompt']}[/]")
             for answer in sample["answers"]:
@@ -485,6 +488,29 @@ class _Course:
         """Write stages.json."""
         content = json.dumps({"settings": self.settings(), "stages": done}, indent=1, ensure_ascii=False)
         write_file(self.folder / STAGES_FILE, content.encode() + b"\n")
+
+
+def is_turned_round(record: Record) -> bool:
+    """Whether a ranking puts a better answer behind a worse one."""
+    merits = [quality(record.prompt, response) for response in record.responses]
+    ranks = record.ranks or ()
+    return any(merits[a] > merits[b] and ranks[a] > ranks[b] for a in range(len(ranks)) for b in range(len(ranks)))
+
+
+def ranking_sample(record: Record) -> dict[str, Any]:
+    """A ranking as the page shows it."""
+    turned = is_turned_round(record)
+    return {
+        "prompt": asked_by(record.prompt),
+        "answers": [
+            {
+                "label": str(place),
+                "text": plain(response),
+                "facts": {"rank": rank, "true": merit(record.prompt, response), "turned": turned},
+            }
+            for place, (response, rank) in enumerate(zip(record.responses, record.ranks or (), strict=True), 1)
+        ],
+    }
 
 
 def pair_accuracy(judge: RewardModel, a: Responses, b: Responses) -> float | None:

@@ -159,6 +159,7 @@ _WORDS: Mapping[str, tuple[str, str]] = {
     "share_sampling": ("of the time spent writing", "share"),
     "share_scoring": ("of the time spent scoring", "share"),
     "share_training": ("of the time spent learning", "share"),
+    "well_formed_sentences": ("of its sentences are well-formed", "share"),
     **{name: (words, "share") for name, words in _SHARES.items()},
 }
 
