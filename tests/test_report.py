@@ -733,7 +733,8 @@ def test_runs_as_the_phases_leave_them(tmp_path):
         }  # fmt: skip
         assert {"Network", "Learned from", "Took", "Machine", "Versions"} <= {row["label"] for row in report["summary"]}
         assert "1 thread" in next(row["value"] for row in report["summary"] if row["label"] == "Machine")
-        given = {name for name, value in config.to_dict().items() if value != getattr(type(config)(), name)}
+        defaults = type(config)().to_dict()
+        given = {name for name, value in config.to_dict().items() if value != defaults.get(name)}
         changed = {row["name"].partition(".")[0] for row in report["settings"] if row["changed"]}
         assert changed == given
         looks = report["samples"]["prompts"][0]["looks"]
