@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from ingot.configs import DistillConfig
 from ingot.durable import crash_points
 from ingot.training.distill import distill, resume
 
 
-def settings(folder: Path) -> DistillConfig:
+def settings(folder: Path, **changes: Any) -> DistillConfig:
     """Both kinds of steps, an end inside a pass, several packs a step."""
     place = folder.parent.parent
-    return DistillConfig(
+    config = DistillConfig(
         model=str(place / "student"),
         teacher=str(place / "teacher"),
         data=(str(place / "prompts.jsonl"),),
@@ -33,9 +35,10 @@ def settings(folder: Path) -> DistillConfig:
         threads=1,
         seed=5,
     )
+    return dataclasses.replace(config, **changes)
 
 
-def child(folder: Path, kill_at: int | None, log: Path | None) -> None:
+def child(folder: Path, kill_at: int | None, log: Path | None, **changes: Any) -> None:
     """Entry of the process: start or resume; die at the ``kill_at``-th crash point. ``log`` gets their names."""
     names: list[str] = []
 
@@ -48,6 +51,6 @@ def child(folder: Path, kill_at: int | None, log: Path | None) -> None:
     if (folder / "run.json").exists():
         resume(folder, quiet=True)
     else:
-        distill(settings(folder), quiet=True)
+        distill(settings(folder, **changes), quiet=True)
     if log is not None:
         log.write_text("\n".join(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -44,10 +45,10 @@ def write_prompts(path: Path, count: int = 40) -> str:
     return str(path)
 
 
-def settings(folder: Path) -> GRPOConfig:
+def settings(folder: Path, **changes: Any) -> GRPOConfig:
     """Resampled groups, two rewards one of which does not always apply, several passes and parts: all that a resume could get wrong."""
     place = folder.parent.parent
-    return GRPOConfig(
+    config = GRPOConfig(
         model=str(place / "base"),
         prompts=(str(place / "prompts.jsonl"),),
         reward=(f"{place / 'rewards.py'}:vowels", f"{place / 'rewards.py'}:low"),
@@ -75,9 +76,10 @@ def settings(folder: Path) -> GRPOConfig:
         threads=1,
         seed=5,
     )
+    return dataclasses.replace(config, **changes)
 
 
-def child(folder: Path, kill_at: int | None, log: Path | None) -> None:
+def child(folder: Path, kill_at: int | None, log: Path | None, **changes: Any) -> None:
     """Entry of the process: start or resume; die at the ``kill_at``-th crash point. ``log`` gets their names."""
     names: list[str] = []
 
@@ -90,7 +92,7 @@ def child(folder: Path, kill_at: int | None, log: Path | None) -> None:
     if (folder / "run.json").exists():
         resume(folder, quiet=True)
     else:
-        grpo(settings(folder), quiet=True)
+        grpo(settings(folder, **changes), quiet=True)
     if log is not None:
         log.write_text("\n".join(names))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -54,9 +55,9 @@ def rows(count: int = 60, criteria: tuple[str | None, ...] = (None,)) -> list[di
     return made
 
 
-def settings(folder: Path) -> RewardConfig:
+def settings(folder: Path, **changes: Any) -> RewardConfig:
     """Two heads, ties, several packs a step, an end inside an epoch: everything that a resume could get wrong."""
-    return RewardConfig(
+    config = RewardConfig(
         model=str(folder.parent.parent / "policy"),
         data=tuple(str(folder.parent.parent / name) for name in ("a.jsonl", "b.jsonl")),
         output=str(folder),
@@ -72,9 +73,10 @@ def settings(folder: Path) -> RewardConfig:
         threads=1,
         seed=5,
     )
+    return dataclasses.replace(config, **changes)
 
 
-def child(folder: Path, kill_at: int | str | None, log: Path | None) -> None:
+def child(folder: Path, kill_at: int | str | None, log: Path | None, **changes: Any) -> None:
     """Entry of the process: start or resume; die at the ``kill_at``-th crash point, or at the first so named. ``log`` gets their names."""
     names: list[str] = []
 
@@ -87,6 +89,6 @@ def child(folder: Path, kill_at: int | str | None, log: Path | None) -> None:
     if (folder / "run.json").exists():
         resume(folder, quiet=True)
     else:
-        train_reward_model(settings(folder), quiet=True)
+        train_reward_model(settings(folder, **changes), quiet=True)
     if log is not None:
         log.write_text("\n".join(names))

@@ -6,11 +6,12 @@ import dataclasses
 import math
 
 from ingot.configs.checks import require
+from ingot.configs.lora import LoraConfig
 from ingot.configs.training import TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig(TrainingConfig):
+class DistillConfig(LoraConfig, TrainingConfig):
     """Distillation: a model that answers, a better one and prompts in, a model that answers more like the better one out."""
 
     model: str = ""

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from ingot.configs.checks import require
 from ingot.configs.lora import LoraConfig
+from ingot.configs.training import TrainingConfig
 
 PairLoss = Literal[
     "sigmoid",
@@ -37,7 +38,7 @@ SMOOTHED: tuple[str, ...] = ("sigmoid", "robust", "sigmoid_norm", "exo_pair", "a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig(LoraConfig):
+class DPOConfig(LoraConfig, TrainingConfig):
     """Direct preference optimisation: a fine-tuned model and pairs, ranked lists or verdicts in, a model that prefers the better answers out."""
 
     model: str = ""

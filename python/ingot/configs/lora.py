@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from ingot.configs.checks import require
-from ingot.configs.training import TrainingConfig
+from ingot.configs.training import RunConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(TrainingConfig):
+class LoraConfig(RunConfig):
     """What phases are told that start from a model: whether all its weights are trained, or a LoRA adapter on it."""
 
     lora_rank: int = 0

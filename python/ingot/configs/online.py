@@ -10,13 +10,13 @@ import tyro
 from tyro.conf import UseAppendAction
 
 from ingot.configs.checks import require
-from ingot.configs.training import RunConfig
+from ingot.configs.lora import LoraConfig
 
 ExportBy = Literal["last", "objective", "judge", "gold"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineConfig(RunConfig):
+class OnlineConfig(LoraConfig):
     """Learning from rewards of one's own samples: what is asked, what is rewarded, and how it is watched."""
 
     model: str = ""

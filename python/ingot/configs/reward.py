@@ -6,11 +6,12 @@ import dataclasses
 from typing import Literal
 
 from ingot.configs.checks import require
+from ingot.configs.lora import LoraConfig
 from ingot.configs.training import TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardConfig(TrainingConfig):
+class RewardConfig(LoraConfig, TrainingConfig):
     """Training of a reward model: a model that answers and people's judgements in, a model that scores answers as they would out."""
 
     model: str = ""

@@ -7,10 +7,11 @@ from typing import Literal
 
 from ingot.configs.checks import require
 from ingot.configs.lora import LoraConfig
+from ingot.configs.training import TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig(LoraConfig):
+class SFTConfig(LoraConfig, TrainingConfig):
     """Supervised fine-tuning: a pretrained model and demonstrations in, a model that answers out."""
 
     model: str = ""

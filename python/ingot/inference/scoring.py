@@ -21,7 +21,8 @@ from ingot.errors import ConfigError, DataError
 from ingot.losses.numerics import Float64, f64
 from ingot.losses.reward import end_rows, rewards_at_ends
 from ingot.models import load_model
-from ingot.models.base import IntArray, LongArray
+from ingot.models.adapters import write_adapter
+from ingot.models.base import FloatArray, IntArray, LongArray
 from ingot.models.hf import CONFIG_FILE, open_folder, write_scorer
 from ingot.tokenizer import Tokenizer
 
@@ -268,10 +269,24 @@ class RewardModel:
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` as transformers' ``*ForSequenceClassification``, gain and bias folded in."""
-        state = self.model.state()
-        state["score.weight"] = (self.gain[:, None] * state["score.weight"]).astype(np.float32)
-        state["score.bias"] = (self.gain * state["score.bias"] + self.bias).astype(np.float32)
+        state = self._scaled(self.model.merged_state())
         write_scorer(folder, self.model.config, state, labels=self.criteria, pad_token_id=self.encoder.pad_token_id)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The model's."""
+        return self.model.active_adapter
+
+    def save_adapter(self, name: str, folder: str | Path) -> None:
+        """Write an adapter of the model as peft does, gain and bias folded into its heads."""
+        adapter = self.model.adapters[name]
+        write_adapter(Path(folder), adapter, self.model.config, self._scaled(adapter.state()))
+
+    def _scaled(self, state: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        """Weights whose heads say scores."""
+        weight = (self.gain[:, None] * state["score.weight"]).astype(np.float32)
+        bias = (self.gain * state["score.bias"] + self.bias).astype(np.float32)
+        return state | {"score.weight": weight, "score.bias": bias}
 
 
 def head_values(model: Model, sequences: Sequence[IntArray]) -> Float64:

@@ -250,6 +250,10 @@ class Adapted(abc.ABC):
         adapter.base_model = settings["base_model_name_or_path"]
         return adapter
 
+    def merged_state(self) -> dict[str, FloatArray]:
+        """:meth:`state` with the active adapter merged: the weights that :meth:`save` writes."""
+        return dict(self._merged_weights(self.state()))
+
     def _known(self, name: str) -> Adapter:
         if name not in self._adapters:
             names = ", ".join(map(repr, self._adapters)) or "none"
@@ -364,14 +368,16 @@ def adapter_table(config: ModelConfig, num_values: int, rank: int, modules: Sequ
 # ---- files
 
 
-def write_adapter(folder: Path, adapter: Adapter, config: ModelConfig) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` as peft writes them."""
+def write_adapter(
+    folder: Path, adapter: Adapter, config: ModelConfig, state: Mapping[str, FloatArray] | None = None
+) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors`` as peft writes them; ``state`` instead of the adapter's own weights."""
     everything = list(linear_modules(config))
     names = sorted({_short(module) for module in adapter.modules})
     # Short names where they mean these layers and no others.
     if select_modules(everything, names) != list(adapter.modules):
         names = list(adapter.modules)
-    parameters = adapter.parameters
+    parameters = adapter.parameters if state is None else state
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -439,6 +439,10 @@ class Model(Protocol):
         """Take the merged adapter off the weights again."""
         ...
 
+    def merged_state(self) -> dict[str, FloatArray]:
+        """:meth:`state` with the active adapter merged."""
+        ...
+
     def save_adapter(self, name: str, folder: str | Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as peft does."""
         ...

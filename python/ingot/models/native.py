@@ -60,9 +60,9 @@ class NativeAdapter(Adapter):
         return self._gradients
 
     def _write(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        for name, view in self._parameters.items():
+        # Asking for the views marks the change; mark_changed would also take the weights below out of the memory that a fork shares.
+        for name, view in self._core.adapter_parameters(self._index).items():
             view[...] = state[name]
-        self._core.mark_changed()
 
 
 class NativeModel(Adapted):

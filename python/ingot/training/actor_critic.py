@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from ingot.configs import ModelConfig, PPOConfig
 from ingot.models import Model as make_model
+from ingot.models.adapters import write_adapter
 from ingot.models.base import Model, StepInfo
 from ingot.models.hf import write_folder
 from ingot.models.safetensors_files import write_tensors
-from ingot.training.checkpoints import read_optimizer, read_weights
+from ingot.training.checkpoints import read_optimizer
+from ingot.training.lora import load_trained_state, read_trained
 from ingot.training.setup import Setup, load_policy
 from ingot.training.trainer import make_optimizer
 
@@ -77,13 +79,24 @@ class ActorCritic:
 
     def save(self, folder: str | Path) -> None:
         """The policy as a Hugging Face directory, and what estimates values in a file beside it."""
-        state = self.policy.state()
+        state = self.policy.merged_state()
         heads = {name: values for name, values in state.items() if name.startswith("score.")}
         write_folder(folder, self.config, {name: values for name, values in state.items() if name not in heads})
         if self.critic is not None:
             write_tensors(Path(folder) / CRITIC_FILE, self.critic.state())
         else:
             write_tensors(Path(folder) / HEAD_FILE, heads)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The policy's; a critic of its own trains all its weights."""
+        return self.policy.active_adapter
+
+    def save_adapter(self, name: str, folder: str | Path) -> None:
+        """Write the policy's adapter as peft does, without the value head: what it belongs to is a model that writes."""
+        adapter = self.policy.adapters[name]
+        state = {key: values for key, values in adapter.state().items() if not key.startswith("score.")}
+        write_adapter(Path(folder), adapter, self.config, state)
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """Moments of both."""
@@ -101,11 +114,12 @@ class ActorCritic:
             self.critic.optimizer = make_optimizer(config, self.critic)
         if checkpoint is None:
             return
-        weights, moments = read_weights(checkpoint), read_optimizer(checkpoint)
+        moments = read_optimizer(checkpoint)
+        weights = read_trained(self.policy, checkpoint)
         if self.critic is None:
-            self.policy.load_state(weights | load_file(checkpoint / HEAD_FILE))
+            load_trained_state(self.policy, {**weights, **load_file(checkpoint / HEAD_FILE)})
         else:
-            self.policy.load_state(weights)
+            load_trained_state(self.policy, weights)
             self.critic.load_state(load_file(checkpoint / CRITIC_FILE))
             own = {name: values for name, values in moments.items() if name.startswith(_PREFIX)}
             self.critic.optimizer.load_state({name.removeprefix(_PREFIX): values for name, values in own.items()})

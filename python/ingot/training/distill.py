@@ -34,6 +34,7 @@ from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
+from ingot.training.lora import attach_adapter
 from ingot.training.progress import Display, make_display
 from ingot.training.rollouts import Progress, Rollouts, banned_ids_of, packs, recompute_logprobs, sample_rollouts
 from ingot.training.runs import RunFolder
@@ -89,6 +90,7 @@ def distill(
     if dry_run:
         prompts = prepare_prompts(config, None, shape, rows, display)
         student, teacher = make_student(config, prompts, None), make_teacher(config)
+        attach_adapter(config, student, {})
         _decide(config, prompts, student, teacher, {}, 0, display)
         return TrainingResult([], student, prompts.encoder.tokenizer, Path(config.output), None, None)
     with RunFolder.create(config.output, "distill", config.to_dict()) as run:
@@ -138,7 +140,10 @@ def _train(
         prompts = prepare_prompts(config, folder, shape, rows, display)
         folder.facts["data"] = prompts.facts
         checkpoint = newest_usable(folder.path, display.say)
-        student, teacher = make_student(config, prompts, shape if checkpoint else None), make_teacher(config)
+        # An adapter's checkpoint lacks the weights below it.
+        student = make_student(config, prompts, shape if checkpoint and not config.lora_rank else None)
+        attach_adapter(config, student, folder.facts)
+        teacher = make_teacher(config)
         folder.facts["model_config"] = student.config.to_dict()
         state = saved_state(folder, checkpoint)
         known = folder.facts.get("decisions", {})

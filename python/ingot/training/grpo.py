@@ -31,6 +31,7 @@ from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Draw, Experience, gather
 from ingot.training.groups import Lesson, make_lesson, punish_length, right_and_wrong, signal
+from ingot.training.lora import load_trained_state, trained_state
 from ingot.training.online import OnlineTrainer, Stopped, require_best_of_n
 from ingot.training.policy_alarms import group_rule, policy_rules
 from ingot.training.progress import Display, make_display
@@ -150,7 +151,7 @@ def _decide(
 ) -> tuple[Decisions, Cost]:
     """Time an update on the run's first prompts, settle what is open, and say it. The weights are put back."""
     policy, size, method = setup.policy, config.per_device_train_batch_size, config.method
-    before = policy.state()
+    before = trained_state(policy)
     policy.optimizer = make_optimizer(config, policy)
     began = time.perf_counter()
     experience = gather(
@@ -166,7 +167,7 @@ def _decide(
     lesson, _ = make_lesson(config, punish_length(config, experience))
     learn(config, policy, lesson, step=0, pack_length=setup.pack_length)
     step_s = time.perf_counter() - began
-    policy.load_state(before)
+    load_trained_state(policy, before)
     probe = Probe(
         step_s=step_s,
         step_tokens=int(experience.rollouts.num_actions.sum()),

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from ingot.configs.lora import LoraConfig
 from ingot.errors import CheckpointError, RunError
-from ingot.models.adapters import Adapted, adapter_table, linear_modules, read_adapter, select_modules
+from ingot.models.adapters import adapter_table, linear_modules, read_adapter, select_modules
 
 if TYPE_CHECKING:
     from ingot.configs import ModelConfig
@@ -28,13 +28,14 @@ ADAPTER = "default"
 ADAPTER_FOLDER = "adapter"
 
 
-def attach_adapter(config: LoraConfig, model: Model, facts: dict[str, Any]) -> None:
+def attach_adapter(config: LoraConfig, model: Model, facts: dict[str, Any] | None) -> None:
     """Put the adapter that the settings ask for, if any, on the model, and make it what is trained.
 
     Parameters
     ----------
     facts
-        Content of run.json: gets the hash of the weights below, or is compared with it where it has one.
+        Content of run.json: gets the hash of the weights below, or is compared with it where it has one. None where the caller
+        compares them.
 
     Raises
     ------
@@ -45,12 +46,13 @@ def attach_adapter(config: LoraConfig, model: Model, facts: dict[str, Any]) -> N
     """
     if not config.lora_rank:
         return
-    found = weights_hash(model)
-    if facts.setdefault("base_hash", found) != found:
-        base = facts["config"]["model"]
-        raise RunError(
-            f"{base}: holds other weights than when this run began, and the run's adapter belongs to those: put them back, or start again"
-        )
+    if facts is not None:
+        found = weights_hash(model)
+        if facts.setdefault("base_hash", found) != found:
+            base = facts["config"]["model"]
+            raise RunError(
+                f"{base}: holds other weights than when this run began, and the run's adapter belongs to those: put them back, or start again"
+            )
     adapter = model.add_adapter(ADAPTER, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
     adapter.base_model = str(getattr(config, "model", "")) or None
     model.active_adapter = ADAPTER
@@ -86,9 +88,28 @@ def load_trained_state(model: Model, state: Mapping[str, npt.NDArray[np.float32]
         model.adapters[model.active_adapter].load_state(state)
 
 
+def trained_gradients(model: Model) -> Mapping[str, npt.NDArray[np.float32]]:
+    """Gradients of what steps change."""
+    return model.gradients if model.active_adapter is None else model.adapters[model.active_adapter].gradients
+
+
+@runtime_checkable
+class SavesAdapter(Protocol):
+    """A model, or what holds one, that can write its active adapter."""
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The one that is trained."""
+        ...
+
+    def save_adapter(self, name: str, folder: str | Path) -> None:
+        """Write it as peft does."""
+        ...
+
+
 def save_beside(saved: object, folder: Path) -> None:
-    """Where ``saved`` is a model with an active adapter, write that to ``folder/adapter``."""
-    if isinstance(saved, Adapted) and saved.active_adapter is not None:
+    """Where ``saved`` has an active adapter, write that to ``folder/adapter``."""
+    if isinstance(saved, SavesAdapter) and saved.active_adapter is not None:
         saved.save_adapter(saved.active_adapter, folder / ADAPTER_FOLDER)
 
 

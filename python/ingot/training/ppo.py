@@ -37,6 +37,7 @@ from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Experience, gather
+from ingot.training.lora import load_trained_state, trained_state
 from ingot.training.online import OnlineTrainer, Stopped, require_best_of_n
 from ingot.training.policy_alarms import critic_rules, policy_rules, tax_rule
 from ingot.training.pretraining_mix import PretrainingMix
@@ -169,7 +170,7 @@ def _decide(
 ) -> tuple[Decisions, Cost]:
     """Time an update on the run's first prompts, settle what is open, and say it. The weights are put back."""
     size = config.per_device_train_batch_size
-    before = actors.policy.state(), None if actors.critic is None else actors.critic.state()
+    before = trained_state(actors.policy), None if actors.critic is None else actors.critic.state()
     actors.restore(config, None)
     began = time.perf_counter()
     experience = gather(
@@ -186,7 +187,7 @@ def _decide(
         config, actors, ptx, experience, kl_coef=config.kl_coef, step=0, cursor=Cursor(), pack_length=setup.pack_length
     )
     step_s = time.perf_counter() - began
-    actors.policy.load_state(before[0])
+    load_trained_state(actors.policy, before[0])
     if actors.critic is not None and before[1] is not None:
         actors.critic.load_state(before[1])
     probe = Probe(

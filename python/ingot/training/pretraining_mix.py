@@ -19,6 +19,7 @@ from ingot.losses.next_token import token_weights
 from ingot.losses.numerics import Metrics
 from ingot.models.base import Model
 from ingot.tokenizer import Tokenizer
+from ingot.training.lora import trained_gradients
 from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 
@@ -95,11 +96,11 @@ class PretrainingMix:
         cursor
             After these windows.
         """
-        before = {name: np.array(gradient) for name, gradient in model.gradients.items()}
+        before = {name: np.array(gradient) for name, gradient in trained_gradients(model).items()}
         batch, after = self._batches.take(number, cursor)
         weights = (coef * token_weights(batch.targets, batch.num_targets)).astype(np.float32)
         loss = model.forward_backward(batch.tokens, batch.offsets, batch.targets, weights)
-        own = (gradient - before[name] for name, gradient in model.gradients.items())
+        own = (gradient - before[name] for name, gradient in trained_gradients(model).items())
         return {
             "loss/ptx_avg": loss / coef if coef else 0.0,
             "grad_norm/ppo": _norm(before.values()),

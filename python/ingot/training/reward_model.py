@@ -42,6 +42,7 @@ from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, require_memory
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
+from ingot.training.lora import attach_adapter, num_trained
 from ingot.training.progress import Display, make_display
 from ingot.training.rankings import Judgement, Rankings, lists_of, pairs_of, prepare_rankings
 from ingot.training.reward_figures import (
@@ -105,6 +106,7 @@ def train_reward_model(
     if dry_run:
         rankings = prepare_rankings(config, None, shape, rows, display)
         model = _make_model(config, rankings, None)
+        attach_adapter(config, model, {})
         _decide(config, rankings, model, {}, 0, display)
         return TrainingResult([], model, rankings.encoder.tokenizer, Path(config.output), None, None)
     with RunFolder.create(config.output, "reward", config.to_dict()) as folder:
@@ -154,7 +156,9 @@ def _train(
         rankings = prepare_rankings(config, folder, shape, rows, display)
         folder.facts["data"] = rankings.facts
         checkpoint = newest_usable(folder.path, display.say)
-        model = _make_model(config, rankings, shape if checkpoint else None)
+        # An adapter's checkpoint lacks the weights below it.
+        model = _make_model(config, rankings, shape if checkpoint and not config.lora_rank else None)
+        attach_adapter(config, model, folder.facts)
         folder.facts["model_config"] = model.config.to_dict()
         state = saved_state(folder, checkpoint)
         known = folder.facts.get("decisions", {})
@@ -194,7 +198,7 @@ def _make_model(config: RewardConfig, rankings: Rankings, known: ModelConfig | N
             f"{config.model}: the tokenizer has {num_ids} tokens but the model only {saved.vocab_size}: they do not belong together"
         )
     shape = dataclasses.replace(saved, dropout=0.0)
-    require_memory(shape, rankings.pack_length, memory_limit())
+    require_memory(shape, rankings.pack_length, memory_limit(), num_trained(config, shape, heads))
     model = load_model(config.model, seed=config.seed, num_values=heads, **config.place)
     state = model.state()
     if config.head_init == "zero":

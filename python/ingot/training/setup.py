@@ -20,6 +20,7 @@ from ingot.models.hf import open_folder
 from ingot.models.reference import reference_of
 from ingot.tokenizer import Tokenizer
 from ingot.training.cost import require_memory
+from ingot.training.lora import attach_adapter, num_trained
 from ingot.training.progress import Display
 from ingot.training.prompts import Prompts, Rows, load_prompts
 from ingot.training.rewards import RewardFunction
@@ -48,9 +49,9 @@ class Setup:
     """Everything but the settings of learning itself."""
 
     policy: Model
-    """With the weights that the run starts from."""
+    """With the weights that the run starts from, and the adapter on them where one is trained."""
     reference: Model
-    """The same weights, which do not change."""
+    """The same weights without an adapter, which do not change."""
     encoder: PromptEncoder
     prompts: Prompts
     scorers: Scorers
@@ -124,17 +125,20 @@ def prepare(
         raise ConfigError(
             f"pack_length {pack_length} is below the {longest} tokens of the longest prompt with its answer: raise it"
         )
-    require_memory(saved.config, pack_length, memory_limit())
+    require_memory(saved.config, pack_length, memory_limit(), num_trained(config, saved.config, num_values))
     policy = load_policy(config, num_values)
+    # Before there is an adapter: what is trained then leaves the weights alone that the two share, and there is one copy to the end.
+    reference = reference_of(policy)
     facts = {
         **prompts.facts,
         "tokenizer_hash": tokenizer.hash,
         "template_hash": encoder.chat.template.hash if encoder.chat else "",
         "model_hash": weights_hash(policy.state()),
     }
+    attach_adapter(config, policy, None)
     setup = Setup(
         policy=policy,
-        reference=reference_of(policy),
+        reference=reference,
         encoder=encoder,
         prompts=prompts,
         scorers=scorers,

@@ -19,6 +19,7 @@ from ingot.models.hf import open_folder
 from ingot.tokenizer import Tokenizer
 from ingot.training.cost import require_memory
 from ingot.training.demonstrations import Rows, require_unchanged
+from ingot.training.lora import num_trained
 from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 
@@ -58,7 +59,8 @@ def make_student(config: DistillConfig, prompts: Prompts, known: ModelConfig | N
     """The model to start from, without dropout; of shape ``known`` where weights are restored from a checkpoint."""
     if known is not None:
         return Model(known, seed=config.seed, **config.place)
-    require_memory(student_shape(config), prompts.pack_length, memory_limit())
+    shape = student_shape(config)
+    require_memory(shape, prompts.pack_length, memory_limit(), num_trained(config, shape))
     return _load(config.model, config)
 
 
