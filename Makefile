@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-demo: build ## train the built-in small world and show what the model learned (about 5 minutes, no torch, no data)
+demo: build ## the whole path on the built-in small world, from raw text to an aligned model (about 10 minutes, no torch, no data)
 	$(BIN)/ingot demo --output $(DEMO_OUTPUT)
 
 build: $(VENV)/built ## make .venv, compile, install
