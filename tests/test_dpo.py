@@ -24,6 +24,7 @@ from ingot.data.chat import ChatEncoder, ChatTemplate
 from ingot.data.examples import load_examples
 from ingot.data.rows import parse_row
 from ingot.errors import CheckpointError, ConfigError, DataError, RunError
+from ingot.inference.intervals import wilson
 from ingot.losses import preference as losses
 from ingot.losses.packed import count_by_sequence, sum_by_sequence
 from ingot.losses.preference import KTO_LOSS_TYPES, LOSS_TYPES
@@ -33,7 +34,7 @@ from ingot.tokenizer import Tokenizer
 from ingot.training import dpo as phase
 from ingot.training import reference_logprobs as reference_file
 from ingot.training.alarms import Alarms
-from ingot.training.preference_checks import pair_accuracy, rules, separation, verdict_of, wilson
+from ingot.training.preference_checks import pair_accuracy, rules, separation, verdict_of
 from ingot.training.preferences import comparisons_of, mismatched, prepare_preferences, verdicts_of
 from ingot.training.progress import SilentDisplay
 from ingot.training.reference_logprobs import REFERENCE_FILE, ReferenceLogprobs, sequence_logprobs

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from ingot.losses.numerics import Float64, Ints, f64
 
-_Z = 1.959963984540054
+Z_95 = 1.959963984540054
+"""Standard errors on each side of a mean that hold it in 95 of 100 cases."""
 _MIN_CLUSTERS = 40
 _EXTREME = 0.1
 
@@ -64,7 +65,7 @@ def share_of(hits: npt.ArrayLike, clusters: npt.ArrayLike, weights: npt.ArrayLik
     residuals = np.bincount(owner, w * h) - value * tries
     variance = num / (num - 1) * float(residuals @ residuals) / total**2 if num > 1 else math.inf
     if num >= _MIN_CLUSTERS and _EXTREME <= value <= 1 - _EXTREME and variance > 0:
-        half = _Z * math.sqrt(variance)
+        half = Z_95 * math.sqrt(variance)
         return Share(value, max(0.0, value - half), min(1.0, value + half), len(h), num)
     spread = value * (1 - value)
     # As many independent cases as say as much; all alike, or one alone, say no more than their prompts.
@@ -77,9 +78,9 @@ def share_of(hits: npt.ArrayLike, clusters: npt.ArrayLike, weights: npt.ArrayLik
 
 def wilson(value: float, size: float) -> tuple[float, float]:
     """Wilson's interval (1927) of a share of ``size`` independent cases."""
-    scale = 1 + _Z**2 / size
-    middle = (value + _Z**2 / (2 * size)) / scale
-    half = _Z * math.sqrt(value * (1 - value) / size + _Z**2 / (4 * size**2)) / scale
+    scale = 1 + Z_95**2 / size
+    middle = (value + Z_95**2 / (2 * size)) / scale
+    half = Z_95 * math.sqrt(value * (1 - value) / size + Z_95**2 / (4 * size**2)) / scale
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

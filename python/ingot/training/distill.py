@@ -23,6 +23,7 @@ import numpy as np
 from ingot.configs import DistillConfig, ModelConfig
 from ingot.data.batches import mix
 from ingot.data.keys import uniform
+from ingot.inference.intervals import Z_95
 from ingot.losses.distillation import reverse_kl_advantages
 from ingot.losses.numerics import Float64, Floats, Metrics, f64
 from ingot.losses.packed import add_metrics, sum_by_sequence
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_EPOCHS = 1
 _HELD_OUT_STREAM, _TEACHER_STREAM = 11, 12
-_Z_95 = 1.959963984540054
 MAX_EOS_FALL = 0.1
 """A run passes if the share of answers that the student ends by itself fell by no more than this."""
 
@@ -477,7 +477,7 @@ def verdict_of(history: Sequence[dict[str, Any]], best_step: int | None, name: s
     start, end = lines[0], kept[-1]
     errors = start[f"eval_{name}_error"], end[f"eval_{name}_error"]
     fall = start[f"eval_{name}"] - end[f"eval_{name}"]
-    margin = math.inf if None in errors else _Z_95 * math.hypot(*errors)
+    margin = math.inf if None in errors else Z_95 * math.hypot(*errors)
     ends = end["eval_eos_rate"] >= start["eval_eos_rate"] - MAX_EOS_FALL
     sentences = (
         f"On held-out prompts the student's answers are {end['eval_reverse_kl']:.3f} nats from the teacher ({start['eval_reverse_kl']:.3f} "

@@ -19,6 +19,7 @@ import numpy as np
 
 from ingot.data.rows import Content
 from ingot.errors import ConfigError, DataError
+from ingot.inference.intervals import Z_95
 from ingot.inference.prompts import PromptEncoder
 from ingot.inference.scoring import split_name
 from ingot.losses.best_of_n import best_of_n_kl_bound, expected_of_best
@@ -31,7 +32,6 @@ from ingot.training.verdicts import Verdict
 if TYPE_CHECKING:
     from ingot.models.base import Model
 
-_Z = 1.959963984540054
 # Keys the gate's random numbers, so that its answers are none of a run's own.
 _STREAM = 0x62_65_73_74 << 24
 
@@ -59,7 +59,7 @@ class BestOfN:
         """95 % interval of the gain, normal over prompts; without bounds below two prompts."""
         if len(self.gains) < 2:
             return -math.inf, math.inf
-        half = _Z * float(self.gains.std(ddof=1)) / math.sqrt(len(self.gains))
+        half = Z_95 * float(self.gains.std(ddof=1)) / math.sqrt(len(self.gains))
         return self.gain - half, self.gain + half
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ingot.inference.intervals import Z_95, wilson
 from ingot.losses.numerics import Bools, Float64, Floats, Ints, f64
 from ingot.training.alarms import Metrics, Rule, above, below_share_of_start, drifted
 from ingot.training.verdicts import Verdict
 
-Z_95 = 1.959963984540054
 MAX_EOS_FALL = 0.1
 """A run passes if the share of answers that the model ends by itself fell by no more than this."""
 MAX_KL_PER_TOKEN = 0.2
@@ -52,14 +52,6 @@ def pair_accuracy(margins: Floats, weights: Floats, clusters: Ints) -> tuple[flo
         return share, *wilson(share, float(total.sum() ** 2 / (total**2).sum()))
     spread = Z_95 * math.sqrt(count / (count - 1) * float(((won - share * total) ** 2).sum())) / float(total.sum())
     return share, share - spread, share + spread
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share among ``count`` cases (Wilson 1927)."""
-    z2 = Z_95**2 / count
-    middle = (share + z2 / 2) / (1 + z2)
-    half = Z_95 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def separation(scores: Floats, labels: Bools, weights: Floats, clusters: Ints) -> tuple[float, float, float]:
