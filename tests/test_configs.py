@@ -98,7 +98,7 @@ def test_unknown_keys_name_the_nearest(tmp_path):
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_recipe_is_a_valid_configuration(name):
     config = PretrainConfig.from_dict(load_recipe(name), name)
-    assert config.architecture.resolve(config.vocab_size or 50257, config.max_length).num_parameters > 0
+    assert config.architecture.resolve(config.vocab_size or 50257, config.sequence_length).num_parameters > 0
 
 
 def test_nanogpt_recipe_has_its_published_settings():

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from ingot import durable
 from ingot.errors import CheckpointError, RunError
+from ingot.tokenizer import Tokenizer
 from ingot.training import checkpoints
 from ingot.training.locks import RunLock
 from ingot.training.metrics import MetricsLog
@@ -272,6 +273,29 @@ def test_a_new_run_saves_its_settings_at_once_and_takes_only_an_empty_folder(tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be made"):
         RunFolder.create(tmp_path / "file", "pretrain", CONFIG)
+
+
+def test_a_run_that_fails_before_it_began_leaves_no_folder(tmp_path):
+    def fail(error, path, begun=False, stranger=False):
+        with pytest.raises(error), RunFolder.create(path, "pretrain", CONFIG) as folder:
+            folder.save_tokenizer(Tokenizer.bytes_only())
+            if begun:
+                folder.facts["decisions"] = {}
+            if stranger:
+                (path / "notes.txt").write_text("precious")
+            raise error("wrong")
+
+    fail(ValueError, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    fail(KeyboardInterrupt, tmp_path / "a")
+    RunFolder.open(tmp_path / "a").close()
+    with pytest.raises(ValueError, match="again"), RunFolder.open(tmp_path / "a"):
+        raise ValueError("again")
+    RunFolder.open(tmp_path / "a").close()
+    fail(ValueError, tmp_path / "b", begun=True)
+    RunFolder.open(tmp_path / "b").close()
+    fail(ValueError, tmp_path / "c", stranger=True)
+    assert [entry.name for entry in (tmp_path / "c").iterdir()] == ["notes.txt"]
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -53,7 +54,10 @@ class Exported(Protocol):
 
 
 class RunFolder:
-    """An output folder under lock. Use as a context manager; made by :meth:`create` or :meth:`open`."""
+    """An output folder under lock. Use as a context manager; made by :meth:`create` or :meth:`open`.
+
+    A new run that fails in the block before it has :attr:`begun` takes its files away, so that the corrected command can use the folder.
+    """
 
     def __init__(self, path: Path, lock: RunLock, facts: dict[str, Any]) -> None:
         self.path = path
@@ -62,6 +66,13 @@ class RunFolder:
         self.metrics = MetricsLog(path / "metrics.jsonl")
         self.samples = MetricsLog(path / "samples.jsonl")
         self._lock = lock
+        self._new = False
+        self._early: list[str] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether settings and data were found to work, and the first step is due or done."""
+        return "decisions" in self.facts
 
     @classmethod
     def create(cls, path: str | Path, kind: str, config: Mapping[str, Any]) -> RunFolder:
@@ -86,6 +97,7 @@ class RunFolder:
             remove_unfinished(path)
             facts = {"format_version": FORMAT_VERSION, "kind": kind, "finished": False, "config": dict(config)}
             folder = cls(path, lock, facts)
+            folder._new, folder._early = True, [f"{kind}.toml", RUN_FILE]
             write_file(path / f"{kind}.toml", tomli_w.dumps(dict(config)).encode())
             folder.save_facts()
         except BaseException:
@@ -176,6 +188,7 @@ class RunFolder:
                 sync_file(file)
             for file in files:
                 rename(file, self.path / file.name)
+                self._early.append(file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -186,8 +199,20 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Ctrl-C is no failure: what it stopped can be resumed.
+        failed = kind is not None and issubclass(kind, Exception)
+        if failed and self._new and not self.begun:
+            self._withdraw()
         self.close()
+
+    def _withdraw(self) -> None:
+        """Delete what was written so far, and the folder unless others put something there."""
+        with contextlib.suppress(OSError):
+            for name in self._early:
+                (self.path / name).unlink(missing_ok=True)
+            self.close()
+            self.path.rmdir()
 
 
 def _refuse_used(path: Path, kind: str) -> None:
