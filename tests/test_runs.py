@@ -276,14 +276,18 @@ def test_a_new_run_saves_its_settings_at_once_and_takes_only_an_empty_folder(tmp
 
 
 def test_a_run_that_fails_before_it_began_leaves_no_folder(tmp_path):
-    def fail(error, path, begun=False, stranger=False):
-        with pytest.raises(error), RunFolder.create(path, "pretrain", CONFIG) as folder:
+    def work(error, path, begun, stranger):
+        with RunFolder.create(path, "pretrain", CONFIG) as folder:
             folder.save_tokenizer(Tokenizer.bytes_only())
             if begun:
                 folder.facts["decisions"] = {}
             if stranger:
                 (path / "notes.txt").write_text("precious")
             raise error("wrong")
+
+    def fail(error, path, begun=False, stranger=False):
+        with pytest.raises(error, match="wrong"):
+            work(error, path, begun, stranger)
 
     fail(ValueError, tmp_path / "a")
     assert not (tmp_path / "a").exists()

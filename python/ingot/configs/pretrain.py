@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ingot.configs.checks import check_keys, require
+from ingot.configs.checks import check_keys, check_types, require
 from ingot.configs.model import Architecture
 from ingot.configs.training import TrainingConfig
 
@@ -85,8 +85,11 @@ class PretrainConfig(TrainingConfig):
         model = values.pop("model", None)
         values = super().fields_of(values, source)
         if isinstance(model, Mapping):
-            check_keys(Architecture, model, f"{source}, table [model]")
+            table = f"{source}, table [model]"
+            check_keys(Architecture, model, table)
+            check_types(Architecture, model, table)
             values["architecture"] = Architecture(**model)
         elif model is not None:
+            check_types(cls, {"model": model}, source)
             values["model"] = model
         return values
