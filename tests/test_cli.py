@@ -125,6 +125,16 @@ def test_tokenizer_round_trip(workshop, tmp_path, capsys):
     assert back.read_bytes() == (workshop / "a.txt").read_bytes()
 
 
+def test_a_failed_decode_leaves_nothing(workshop, tmp_path, capsys):
+    np.save(tmp_path / "ids.npy", np.array([1, 2, 999]))
+    code, _, err = run(
+        capsys, "tokenizer", "decode", tmp_path / "ids.npy", "--tokenizer", workshop / "tok", "--output", tmp_path / "x"
+    )
+    assert code == 1
+    assert "ids.npy: token id 999 at index 2 has no token" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["ids.npy"]
+
+
 def test_tokenizer_inspect(workshop, capsys):
     code, out, _ = run(capsys, "tokenizer", "inspect", workshop / "tok", "--text", "Anna went", "--json")
     facts = json.loads(out)
@@ -278,6 +288,15 @@ def test_cache_is_listed_and_cleared(workshop, capsys):
         (("pretrain", "--resume", "{nowhere}"), "nowhere"),
         (("pretrain", "--data", "{a}", "--output", "{new}", "--config", "{typed}"), "learning_rate is 'fast'"),
         (("plan", "--data", "{a}", "--max-time", "soon"), "duration"),
+        (("tokenizer", "train", "{a}", "--output", "{run}"), "holds a model"),
+        (("tokenizer", "encode", "{a}", "--tokenizer", "{run}", "--output", "{a}"), "is the file that is read"),
+        (
+            ("tokenizer", "decode", "{a}", "--tokenizer", "{run}", "--output", "{new}"),
+            "a.txt: not a .npy file of token ids",
+        ),
+        (("tokenizer", "inspect", "{nowhere}"), "give a tokenizer's folder"),
+        (("generate", "{run}", "--prompt", "a", "--top-k", "-1"), "top_k must be 0"),
+        (("generate", "{run}", "--prompt", "a", "--num-samples", "0"), "num_samples must be at least 1"),
     ],
 )
 def test_bad_input_is_one_clear_line(workshop, tmp_path, capsys, arguments, message, monkeypatch):
@@ -291,7 +310,9 @@ def test_bad_input_is_one_clear_line(workshop, tmp_path, capsys, arguments, mess
         name: tmp_path / f"{name}.{ending}"
         for name, ending in (("bad", "jsonl"), ("empty", "txt"), ("tiny", "txt"), ("typed", "toml"))
     }
-    code, _, err = run(capsys, *(argument.format(**names) for argument in arguments))
+    code, out, err = run(capsys, *(argument.format(**names) for argument in arguments))
     assert code in (1, 2)
     assert message in err
     assert err.count("\n") == 1
+    assert not out.startswith("a"), "a prompt is shown before its settings are known to work"
+    assert not (tmp_path / "new").exists()
