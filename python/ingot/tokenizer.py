@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ingot import _native
 from ingot.data.corpus import Corpus, join_surrogates
 from ingot.durable import temporary_name, write_file
-from ingot.errors import DataError
+from ingot.errors import ConfigError, DataError
 from ingot.normalization import is_nfc, nfc
 
 END_OF_TEXT = "<|endoftext|>"
@@ -121,11 +121,11 @@ class Tokenizer:
         least = NUM_BYTES + len(special_tokens)
         if vocab_size < least:
             # Before any text is read.
-            raise ValueError(
+            raise ConfigError(
                 f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens need at least {least}"
             )
         if min_frequency < 0:
-            raise ValueError(f"min_frequency is {min_frequency}: it cannot be negative")
+            raise ConfigError(f"min_frequency is {min_frequency}: it cannot be negative")
         trainer = _native.TokenizerTrainer(pattern, threads)
         for num_bytes in _count(trainer, source):
             if progress is not None:
