@@ -203,6 +203,10 @@ def test_resume_extends_a_finished_run(workshop, capsys):
     assert run(capsys, "pretrain", "--resume", folder, "--max-steps", "8")[0] == 0
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert max(steps) == 8
+    code, out, _ = run(capsys, "pretrain", "--resume", folder, "--max-steps", "9", "--json")
+    facts = json.loads(out)
+    assert (code, facts["steps"], facts["output"]) == (0, 9, str(folder))
+    assert facts["best_loss"] <= facts["final_loss"]
 
 
 def test_go_on_from_a_model_with_other_text(workshop, tmp_path, capsys):
@@ -268,6 +272,9 @@ def test_cache_is_listed_and_cleared(workshop, capsys):
     code, out, _ = run(capsys, "cache", "--folder", folder)
     assert code == 0
     assert "token files" in out
+    facts = json.loads(run(capsys, "cache", "--folder", folder, "--json")[1])
+    assert len(facts["files"]) >= 1
+    assert (min(facts["files"].values()) > 0, facts["bytes_freed"]) == (True, 0)
     assert run(capsys, "cache", "--folder", folder, "--clear")[0] == 0
     assert "0 token files" in run(capsys, "cache", "--folder", folder)[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,12 +14,19 @@ class Cache:
     """The cache folder; a run keeps it beside its output folder."""
     clear: bool = False
     """Delete them; they are made again when needed."""
+    json: bool = False
+    """Print the facts as JSON."""
 
     def run(self) -> int:
         """List, or clear."""
         from ingot.data.shards import cached_files, clear_cache
 
         files = cached_files(self.folder)
+        if self.json:
+            sizes = {str(path): path.stat().st_size for path in files}
+            cleared = clear_cache(self.folder) if self.clear else 0
+            print(json.dumps({"folder": self.folder, "files": sizes, "bytes_freed": cleared}))
+            return 0
         if self.clear:
             freed = clear_cache(self.folder)
             print(f"deleted {len(files)} token files, {freed / 1e6:.1f} MB")

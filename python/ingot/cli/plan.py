@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sys
 
 from ingot.configs import parse_duration
 from ingot.errors import ConfigError
@@ -37,16 +39,18 @@ class Plan:
         from ingot.plan import plan
         from ingot.tokenizer import Tokenizer
 
-        chosen = plan(
-            self.data,
-            parse_duration(self.max_time),
-            tokenizer=Tokenizer.from_file(self.tokenizer) if self.tokenizer is not None else None,
-            tokenizer_path=self.tokenizer,
-            max_length=self.max_length,
-            output=self.output,
-            separator=self.separator,
-            threads=self.threads,
-        )
+        time_s = parse_duration(self.max_time)
+        with self._sign_of_life():
+            chosen = plan(
+                self.data,
+                time_s,
+                tokenizer=Tokenizer.from_file(self.tokenizer) if self.tokenizer is not None else None,
+                tokenizer_path=self.tokenizer,
+                max_length=self.max_length,
+                output=self.output,
+                separator=self.separator,
+                threads=self.threads,
+            )
         if self.json:
             print(json.dumps(dataclasses.asdict(chosen)))
             return 0
@@ -68,6 +72,13 @@ class Plan:
         print(f"limited by {chosen.limited_by}")
         print(f"\n  {chosen.command}")
         return 0
+
+    def _sign_of_life(self) -> contextlib.AbstractContextManager[object]:
+        if self.json or not sys.stdout.isatty():
+            return contextlib.nullcontext()
+        from rich.console import Console
+
+        return Console().status("reading the text, and timing small networks on this machine")
 
 
 def _clock(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ class Pretrain(PretrainConfig):
     """Go on with an interrupted run: its folder. With --max-steps N a finished one is extended."""
     dry_run: bool = False
     """Print what the run would be, its cost in time and memory, and stop."""
+    json: bool = False
+    """Print nothing but one JSON line at the end: steps, losses, the folder."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Pretrain:
@@ -60,9 +63,21 @@ class Pretrain(PretrainConfig):
         from ingot.training import pretrain
 
         if self.resume is not None:
-            pretrain.resume(self.resume, max_steps=self.max_steps, threads=self.threads, level=self.level)
-            return 0
-        if not self.data:
-            raise ConfigError("no text to learn from: give --data with files or folders")
-        pretrain.pretrain(self.settings(), dry_run=self.dry_run)
+            result = pretrain.resume(
+                self.resume, max_steps=self.max_steps, threads=self.threads, level=self.level, quiet=self.json
+            )
+        else:
+            if not self.data:
+                raise ConfigError("no text to learn from: give --data with files or folders")
+            result = pretrain.pretrain(self.settings(), dry_run=self.dry_run, quiet=self.json)
+        if self.json:
+            steps = [line["step"] for line in result.history]
+            facts = {
+                "output": str(result.output),
+                "steps": steps[-1] if steps else 0,
+                "best_loss": result.best_loss,
+                "final_loss": result.final_loss,
+                "num_parameters": result.model.num_parameters,
+            }
+            print(json.dumps(facts))
         return 0

@@ -73,8 +73,8 @@ def pretrain_stage(config: DemoConfig, console: Console) -> dict[str, Any]:
     settings = _settings(config)
     assert settings.max_steps is not None
     console.print(
-        "A small world of people, things and places: short stories that do what their first line asks, made by a grammar\n"
-        "that knows the probability of each of them. The model sees the text alone, and half of all combinations of\n"
+        "A small world of people, things and places: short stories that do what their first line asks, made by a grammar "
+        "that knows the probability of each of them. The model sees the text alone, and half of all combinations of "
         "person, thing and place are kept from it: all that follows is measured on those.\n"
     )
     training = list(world.documents(config.seed, "train", num_documents(settings)))

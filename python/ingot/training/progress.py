@@ -143,6 +143,7 @@ class RichDisplay:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._working: Progress | None = None
+        self._loss: float | None = None
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -181,6 +182,10 @@ class RichDisplay:
 
     def update(self, status: Status) -> None:
         if self._progress is not None and self._task is not None:
+            if status.loss is None:
+                # During something else than a step the loss of the last one stays in sight.
+                status = dataclasses.replace(status, loss=self._loss)
+            self._loss = status.loss
             self._progress.update(
                 self._task, completed=status.step, figures="  ".join(status.words()), eta=duration(status.eta_s)
             )
