@@ -23,6 +23,7 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import LanguageModelling, PromptCompletion, RowError
 from ingot.errors import ConfigError, DataError, RunError
 from ingot.tokenizer import END_OF_TEXT, Tokenizer
@@ -186,6 +187,7 @@ def _load(
 ) -> tuple[list[Examples], tuple[str, ...]]:
     """The examples of each file, and the names of the files."""
     sources = [rows] if rows is not None else list(config.data)
+    cache = RowCache(config.cache_folder, display.say)
     loaded = []
     for source in sources:
         name = source if isinstance(source, str) else "the rows given"
@@ -194,7 +196,8 @@ def _load(
                 source,
                 encoder,
                 max_length=max_length,
-                progress=lambda done, total: display.work("reading rows", done, total),
+                cache=cache,
+                work=display.work,
             )
         except RowError as error:
             raise error if error.file else error.at(name, error.row) from None

@@ -25,6 +25,7 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import Preference, RankedList, Row, RowError, UnpairedPreference
 from ingot.errors import ConfigError, DataError
 from ingot.losses.numerics import Float64, f64
@@ -288,7 +289,8 @@ def _load(config: DPOConfig, rows: Rows, encoder: ChatEncoder, max_length: int, 
             list(config.data) if rows is None else rows,
             encoder,
             max_length=max_length,
-            progress=lambda done, total: display.work("reading rows", done, total),
+            cache=RowCache(config.cache_folder, display.say),
+            work=display.work,
         )
     except RowError as error:
         raise error if error.file else error.at(name, error.row) from None

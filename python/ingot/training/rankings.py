@@ -29,6 +29,7 @@ from ingot.data.examples import (
     next_fit,
 )
 from ingot.data.keys import canonical
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import Preference, RankedList, Row, RowError
 from ingot.errors import ConfigError, DataError
 from ingot.inference.scoring import UNNAMED
@@ -300,7 +301,8 @@ def _load(
             list(config.data) if rows is None else rows,
             encoder,
             max_length=max_length,
-            progress=lambda done, total: display.work("reading rows", done, total),
+            cache=RowCache(config.cache_folder, display.say),
+            work=display.work,
         )
         for row in examples.rows:
             _check_row(row, config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ingot.configs import OnlineConfig
+from ingot.data.row_cache import RowCache
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError, RunError
 from ingot.inference.prompts import PromptEncoder
@@ -118,6 +119,7 @@ def prepare(
         held_out=config.held_out,
         seed=config.seed,
         display=display,
+        cache=RowCache(config.cache_folder, display.say),
     )
     longest = prompts.longest + config.answer_length
     pack_length = config.pack_length or max(_PACK_TOKENS, longest)
