@@ -29,6 +29,7 @@ def kept(
     lines: list[str] | None = None,
     encode: Callable[[Any], list[Encoded]] | None = None,
     entries: list[dict[str, Any]] | None = None,
+    settings: dict[str, object] | None = None,
     **hashes: str,
 ) -> list[tuple[Encoded, ...]]:
     """Rows through the cache of a folder; what it says goes to ``lines``."""
@@ -37,6 +38,7 @@ def kept(
         encode or (lambda row: encode_row(row, ENCODER)),
         tokenizer_hash=hashes.get("tokenizer_hash", TOKENIZER.hash),
         template_hash=hashes.get("template_hash", TEMPLATE.hash),
+        settings=settings,
         cache=RowCache(folder, [].append if lines is None else lines.append),
     )
 

@@ -35,10 +35,10 @@ from ingot.training.prompts import load_prompts
 from ingot.training.rankings import prepare_rankings
 from ingot.training.setup import Given, prepare
 from ingot.training.sft import resume, sft
-from ingot.training.teaching import prepare_prompts
+from ingot.training.teaching import prepare_lessons
 from killable_rows import ENCODER, TEMPLATE, TOKENIZER, die_at, hammer, kept, shown
 
-HASHES = {"source_hash": "a" * 64, "tokenizer_hash": "b" * 64, "template_hash": ""}
+HASHES = {"source_hash": "a" * 64, "tokenizer_hash": "b" * 64, "template_hash": "", "settings_hash": ""}
 
 
 def user(text: str) -> dict[str, str]:
@@ -224,6 +224,7 @@ def test_a_prompt_that_cannot_be_encoded_is_named(place):
         ({"entries": [{"text": "other"}]}, "another source \\(source_hash"),
         ({"tokenizer_hash": "c" * 64}, "another tokenizer \\(tokenizer_hash"),
         ({"template_hash": "d" * 64}, "another chat template \\(template_hash"),
+        ({"settings": {"step_separator": "|"}}, "another choice of settings \\(settings_hash"),
         ({"template_hash": ""}, "another chat template \\(template_hash none, expected"),
         ({"tokenizer_hash": "c" * 64, "template_hash": "d" * 64}, "another tokenizer .* and another chat template"),
     ],
@@ -475,11 +476,9 @@ def test_every_phase_keeps_its_rows(place, phase, monkeypatch):
             return prepare_preferences(DPOConfig(data=(path,), **common), None, shape, None, SilentDisplay()).facts
         if phase == "distill":
             config = DistillConfig(teacher=common["model"], data=(path,), max_new_tokens=8, **common)
-            return prepare_prompts(config, None, shape, None, SilentDisplay()).facts
+            return prepare_lessons(config, None, shape, None, SilentDisplay()).facts
         ppo = PPOConfig(prompts=(path,), response_length=8, held_out=0.2, **common)
-        return prepare(
-            ppo, None, Given(rewards=[lambda completions, **_: [0.0] * len(completions)]), SilentDisplay()
-        ).facts
+        return prepare(ppo, Given(rewards=[lambda completions, **_: [0.0] * len(completions)]), SilentDisplay()).facts
 
     first = facts()
     [kept_rows] = cached_files(place / ".cache")

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from ingot.data.cache import REMEDY, ROWS_SUFFIX, CacheMismatch, cached_name, require_same
 from ingot.data.chat import Encoded
 from ingot.data.files import Progress
-from ingot.data.keys import canonical
+from ingot.data.keys import canonical, digest
 from ingot.data.rows import Row
 from ingot.durable import reached, write_file
 from ingot.errors import DataError
@@ -108,6 +108,7 @@ def encode_rows(
     *,
     tokenizer_hash: str,
     template_hash: str,
+    settings: Mapping[str, object] | None = None,
     cache: RowCache | None = None,
     progress: Progress | None = None,
 ) -> list[Group]:
@@ -116,9 +117,11 @@ def encode_rows(
     Parameters
     ----------
     encode
-        A function of the row's kind and :meth:`~ingot.data.rows.Row.parts`, the tokenizer and the template alone.
+        A function of the row's kind and :meth:`~ingot.data.rows.Row.parts`, the tokenizer, the template and ``settings`` alone.
     template_hash
         Empty for none.
+    settings
+        What else decides ids.
     progress
         Called with the rows done and all rows.
 
@@ -131,7 +134,12 @@ def encode_rows(
     """
     if cache is None or not rows:
         return _encode_all(rows, encode, progress)
-    hashes = {"source_hash": source_hash(rows), "tokenizer_hash": tokenizer_hash, "template_hash": template_hash}
+    hashes = {
+        "source_hash": source_hash(rows),
+        "tokenizer_hash": tokenizer_hash,
+        "template_hash": template_hash,
+        "settings_hash": digest(settings) if settings else "",
+    }
     found = cache.find(hashes)
     if found is not None:
         if _still_encoded_so(rows, encode, found):
@@ -147,12 +155,12 @@ def source_hash(rows: Sequence[Row]) -> str:
 
     Independent of the name, format and compression of the file that they come from, and of their other columns.
     """
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for row in rows:
         part = canonical(row.kind, row.parts())
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()
 
 
 def write_encoded(path: Path, hashes: Mapping[str, str], groups: Sequence[Group]) -> None:
@@ -186,7 +194,7 @@ def read_encoded(path: Path, hashes: Mapping[str, str]) -> list[Group]:
     Parameters
     ----------
     hashes
-        ``source_hash``, ``tokenizer_hash`` and ``template_hash`` that the file must have.
+        ``source_hash``, ``tokenizer_hash``, ``template_hash`` and ``settings_hash`` that the file must have.
 
     Raises
     ------
@@ -218,7 +226,12 @@ def read_encoded(path: Path, hashes: Mapping[str, str]) -> list[Group]:
     return _groups_of(arrays)
 
 
-_WORDS = {"source_hash": "source", "tokenizer_hash": "tokenizer", "template_hash": "chat template"}
+_WORDS = {
+    "source_hash": "source",
+    "tokenizer_hash": "tokenizer",
+    "template_hash": "chat template",
+    "settings_hash": "choice of settings",
+}
 _ARRAYS = ("ids", "mask", "seq_lens", "num_sequences", "ends", "num_ends")
 
 
@@ -277,8 +290,8 @@ def _groups_of(arrays: Arrays) -> list[Group]:
 
 def _payload_hash(arrays: Arrays) -> str:
     """sha256, as hex, of names, types, shapes and values."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name in _ARRAYS:
-        digest.update(canonical(name, arrays[name].dtype.str, arrays[name].shape))
-        digest.update(arrays[name].data)
-    return digest.hexdigest()
+        found.update(canonical(name, arrays[name].dtype.str, arrays[name].shape))
+        found.update(arrays[name].data)
+    return found.hexdigest()
