@@ -429,17 +429,18 @@ def test_the_second_run_uses_what_the_first_left_and_says_the_same(place, encode
 
 def test_edited_rows_are_simply_read_and_a_resumed_run_refuses_them(place, encoded):
     write_rows(place / "a.jsonl", DEMONSTRATIONS)
-    sft(sft_at(place, cache_dir=str(place / "elsewhere")), quiet=True)
+    both = (str(place / "a.jsonl"), write_rows(place / "b.jsonl", [{"text": "b"}] * 3))
+    sft(sft_at(place, cache_dir=str(place / "elsewhere"), data=both), quiet=True)
     write_rows(place / "a.jsonl", [*DEMONSTRATIONS[:-1], {"messages": [user("new?"), assistant("yes")]}])
-    with pytest.raises(RunError, match=r"a\.jsonl: changed since this run began; bring the rows back"):
+    with pytest.raises(RunError, match=r"^[^,]*/a\.jsonl: changed since this run began; bring the rows back"):
         resume(place / "run", max_steps=2, quiet=True)
     encoded.clear()
     sft(sft_at(place, cache_dir=str(place / "elsewhere"), output=str(place / "new")), quiet=True)
-    assert len(cached_files(place / "elsewhere")) == 2
+    assert len(cached_files(place / "elsewhere")) == 3
     write_rows(place / "a.jsonl", DEMONSTRATIONS)
     encoded.clear()
     assert resume(place / "run", max_steps=2, quiet=True).history
-    assert len(encoded) <= 8
+    assert len(encoded) <= 8 + 3
     assert not (place / ".cache").exists()
 
 

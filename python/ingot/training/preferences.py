@@ -25,6 +25,7 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.files import file_hashes
 from ingot.data.row_cache import RowCache
 from ingot.data.rows import Preference, RankedList, Row, RowError, UnpairedPreference
 from ingot.errors import ConfigError, DataError
@@ -230,6 +231,7 @@ def prepare_preferences(
         rule = f"{len(held_out):,} of {len(examples):,} rows are held out, chosen by a hash of their prompt"
     facts = {
         "examples_hash": examples_hash,
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": encoder.tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": examples.num_rows,

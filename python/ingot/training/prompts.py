@@ -12,6 +12,7 @@ import numpy as np
 
 from ingot.data.batches import Order
 from ingot.data.chat import Encoded
+from ingot.data.files import file_hashes
 from ingot.data.keys import prompt_key
 from ingot.data.row_cache import RowCache, encode_rows
 from ingot.data.rows import Content, PromptOnly, RowError, read_rows
@@ -148,6 +149,7 @@ def load_prompts(
     rule = f"{len(kept):,} of {len(prompts):,} prompts are held out, chosen by a hash of their text"
     facts = {
         "prompts_hash": _hash(prompts),
+        "files": file_hashes(() if rows is not None else files),
         "num_rows": num_rows,
         "num_too_long": num_too_long,
         "max_length": longest,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ingot.configs import DistillConfig, ModelConfig
 from ingot.data.batches import Order
 from ingot.data.chat import ChatEncoder, ChatTemplate
+from ingot.data.files import file_hashes
 from ingot.data.row_cache import RowCache
 from ingot.data.split import split_side
 from ingot.environment import memory_limit
@@ -195,6 +196,7 @@ def prepare_lessons(
     )
     facts = {
         "examples_hash": digest.hexdigest(),
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": num_rows,
