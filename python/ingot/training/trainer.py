@@ -133,6 +133,7 @@ def begin(
     folder.facts["versions"] = versions()
     folder.facts["machine"] = {"cpu": cpu_name(), "threads": model.threads}
     folder.save_facts()
+    folder.begun()
     restore(config, checkpoint)
     if checkpoint is not None:
         display.say(f"resumed from {checkpoint}")
