@@ -457,7 +457,7 @@ def test_a_run_refuses_a_file_that_was_put_in_place_of_its_own(place, capsys):
     assert main(["cache", "--folder", str(place / ".cache")]) == 0
     assert "1 files of tokenized data" in capsys.readouterr().out
     assert main(["cache", "--folder", str(place / ".cache"), "--clear"]) == 0
-    assert main(["sft", "--resume", str(place / "b"), "--json"]) == 0
+    assert main(["sft", *flags, "--max-steps", "1", "--threads", "1", "--json"]) == 0
 
 
 PAIRS = [{"prompt": [user(f"{n}?")], "chosen": "yes", "rejected": "no"} for n in range(40)]
