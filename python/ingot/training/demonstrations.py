@@ -23,6 +23,8 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.files import changed_files, file_hashes
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import LanguageModelling, PromptCompletion, RowError
 from ingot.errors import ConfigError, DataError, RunError
 from ingot.tokenizer import END_OF_TEXT, Tokenizer
@@ -125,6 +127,7 @@ def prepare_demonstrations(
         rule = f"{len(held_out):,} of {len(examples):,} rows are held out, chosen by a hash of their prompt"
     facts = {
         "examples_hash": examples_hash,
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": encoder.tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": examples.num_rows,
@@ -158,7 +161,7 @@ def require_unchanged(folder: RunFolder | None, examples_hash: str, data: Sequen
     known = {} if folder is None else folder.facts.get("data", {})
     if folder is not None and known and known["examples_hash"] != examples_hash:
         raise RunError(
-            f"{', '.join(data) or 'the rows given'}: changed since this run began; bring the rows back as they were, or start a new "
+            f"{', '.join(changed_files(data, known.get('files', {}))) or 'the rows given'}: changed since this run began; bring the rows back as they were, or start a new "
             f"run from its weights: ingot {folder.facts['kind']} --model {folder.path} --data ... --output ..."
         )
 
@@ -186,6 +189,7 @@ def _load(
 ) -> tuple[list[Examples], tuple[str, ...]]:
     """The examples of each file, and the names of the files."""
     sources = [rows] if rows is not None else list(config.data)
+    cache = RowCache(config.cache_folder, display.say)
     loaded = []
     for source in sources:
         name = source if isinstance(source, str) else "the rows given"
@@ -194,7 +198,8 @@ def _load(
                 source,
                 encoder,
                 max_length=max_length,
-                progress=lambda done, total: display.work("reading rows", done, total),
+                cache=cache,
+                work=display.work,
             )
         except RowError as error:
             raise error if error.file else error.at(name, error.row) from None

@@ -25,6 +25,8 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.files import file_hashes
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import Preference, RankedList, Row, RowError, UnpairedPreference
 from ingot.errors import ConfigError, DataError
 from ingot.losses.numerics import Float64, f64
@@ -229,6 +231,7 @@ def prepare_preferences(
         rule = f"{len(held_out):,} of {len(examples):,} rows are held out, chosen by a hash of their prompt"
     facts = {
         "examples_hash": examples_hash,
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": encoder.tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": examples.num_rows,
@@ -288,7 +291,8 @@ def _load(config: DPOConfig, rows: Rows, encoder: ChatEncoder, max_length: int, 
             list(config.data) if rows is None else rows,
             encoder,
             max_length=max_length,
-            progress=lambda done, total: display.work("reading rows", done, total),
+            cache=RowCache(config.cache_folder, display.say),
+            work=display.work,
         )
     except RowError as error:
         raise error if error.file else error.at(name, error.row) from None

@@ -28,7 +28,9 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.files import file_hashes
 from ingot.data.keys import canonical
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import Preference, RankedList, Row, RowError
 from ingot.errors import ConfigError, DataError
 from ingot.inference.scoring import UNNAMED
@@ -257,6 +259,7 @@ def prepare_rankings(
         rule = f"{len(held_out):,} of {len(ranked):,} prompts are held out, chosen by a hash of the prompt"
     facts = {
         "examples_hash": examples_hash,
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": encoder.tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": read.num_rows,
@@ -300,7 +303,8 @@ def _load(
             list(config.data) if rows is None else rows,
             encoder,
             max_length=max_length,
-            progress=lambda done, total: display.work("reading rows", done, total),
+            cache=RowCache(config.cache_folder, display.say),
+            work=display.work,
         )
         for row in examples.rows:
             _check_row(row, config)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ingot.configs import DistillConfig, ModelConfig
 from ingot.data.batches import Order
 from ingot.data.chat import ChatEncoder, ChatTemplate
-from ingot.data.rows import Content, PromptOnly, RowError, read_rows
+from ingot.data.files import file_hashes
+from ingot.data.row_cache import RowCache
 from ingot.data.split import split_side
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError, DataError
@@ -21,6 +22,7 @@ from ingot.training.cost import require_memory
 from ingot.training.demonstrations import Rows, require_unchanged
 from ingot.training.lora import num_trained
 from ingot.training.progress import Display
+from ingot.training.prompts import read_prompts
 from ingot.training.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -148,27 +150,17 @@ def prepare_lessons(
     if rows is None and not config.data:
         raise DataError("no prompts to answer: give --data with files of rows that have one")
     name = ", ".join(config.data) if rows is None else "the rows given"
-    asked: list[tuple[Content, IntArray]] = []
-    num_rows = 0
-    for row in read_rows(
-        list(config.data) if rows is None else rows,
-        (PromptOnly,),
-        lambda done, total: display.work("reading prompts", done, total),
-    ):
-        assert isinstance(row, PromptOnly)
-        num_rows += 1
-        try:
-            ids = (
-                encoder.encode_text_prompt(row.prompt)
-                if isinstance(row.prompt, str)
-                else encoder.encode_prompt(row.prompt)
-            )
-        except DataError as error:
-            raise RowError(
-                f"cannot be encoded: {error}", "change it or remove the row", field="prompt", file=name, row=row.number
-            ) from None
-        if len(ids) <= longest:
-            asked.append((row.prompt, ids))
+    read = read_prompts(
+        config.data,
+        rows,
+        lambda prompt: encoder.encode_text_prompt(prompt) if isinstance(prompt, str) else encoder.encode_prompt(prompt),
+        tokenizer_hash=tokenizer.hash,
+        template_hash=encoder.template.hash,
+        display=display,
+        cache=RowCache(config.cache_folder, display.say),
+    )
+    num_rows = len(read)
+    asked = [(row.prompt, ids) for row, ids in read if len(ids) <= longest]
     if not asked:
         raise DataError(
             f"{name}: none of {num_rows} prompts has {longest} tokens or fewer, which the model's context leaves beside an answer: "
@@ -204,6 +196,7 @@ def prepare_lessons(
     )
     facts = {
         "examples_hash": digest.hexdigest(),
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": num_rows,
