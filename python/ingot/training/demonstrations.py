@@ -107,7 +107,7 @@ def prepare_demonstrations(
     pack_length = config.pack_length or max(max_length, _PACK_LENGTH)
     if pack_length < max_length:
         raise ConfigError(f"pack_length {pack_length} is below max_length {max_length}: a row must fit into a pack")
-    encoder = _encoder(config, folder)
+    encoder = encoder_of(folder, config.model, chat_template=config.chat_template, complete=True)
     if rows is None and not config.data:
         raise DataError("no demonstrations to learn from: give --data with files of rows")
     loaded, sources = _load(config, rows, encoder, max_length, display)
@@ -166,21 +166,42 @@ def require_unchanged(folder: RunFolder | None, examples_hash: str, data: Sequen
         )
 
 
-def _encoder(config: SFTConfig, folder: RunFolder | None) -> ChatEncoder:
-    """The run's own where it has one; otherwise as configured, with the special tokens that were missing, and saved with the run."""
+def encoder_of(
+    folder: RunFolder | None, model: str, *, chat_template: str | None = None, complete: bool = False
+) -> ChatEncoder:
+    """The run's own where it has one; otherwise that of the model it starts from, saved with the run.
+
+    Parameters
+    ----------
+    folder
+        None for a dry run.
+    chat_template
+        A file with a template to use instead of the model's.
+    complete
+        Add the special tokens that the template names and the tokenizer lacks.
+
+    Raises
+    ------
+    DataError
+        Template and tokenizer do not fit together, or cannot be read.
+    """
     if folder is not None and (folder.path / "tokenizer.json").is_file():
         return ChatEncoder(ChatTemplate.of_model(folder.path), Tokenizer.from_file(folder.path))
-    tokenizer = Tokenizer.from_file(config.model)
-    template = ChatTemplate.of_model(config.model)
-    if config.chat_template is not None:
-        given = ChatTemplate.from_file(config.chat_template, template.bos_token or END_OF_TEXT)
+    tokenizer, template = Tokenizer.from_file(model), ChatTemplate.of_model(model)
+    if chat_template is not None:
+        given = ChatTemplate.from_file(chat_template, template.bos_token or END_OF_TEXT)
         if "eos_token" in given.source:
             own = template.eos_token if template.eos_token in tokenizer.special_tokens else END_OF_TEXT
             given = dataclasses.replace(given, eos_token=own)
         template = given
-    encoder = ChatEncoder(template, tokenizer.with_special_tokens(template.missing_special_tokens(tokenizer)))
+    if complete:
+        tokenizer = tokenizer.with_special_tokens(template.missing_special_tokens(tokenizer))
+    try:
+        encoder = ChatEncoder(template, tokenizer)
+    except DataError as error:
+        raise DataError(f"{chat_template or model}: {error}") from None
     if folder is not None:
-        folder.save_tokenizer(encoder.tokenizer, encoder)
+        folder.save_tokenizer(tokenizer, encoder)
     return encoder
 
 

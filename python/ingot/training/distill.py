@@ -108,7 +108,7 @@ def _decide(
     batches = -(-len(lessons.held_out) // config.per_device_train_batch_size)
     probe = measure(config, student, step, 1, evaluate if sample else None, batches)
     probe = dataclasses.replace(probe, step_tokens=max(1, tokens[0]))
-    epoch = -(-len(lessons.train) // config.per_device_train_batch_size)
+    epoch = -(-len(lessons.prompts.train) // config.per_device_train_batch_size)
     decisions, cost = decide(
         config, student, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch
     )
@@ -121,7 +121,7 @@ def _decide(
         done,
         display,
         kind="prompts",
-        data=f"{len(lessons.train):,} prompts; {lessons.facts['split']}; "
+        data=f"{len(lessons.prompts.train):,} prompts; {lessons.facts['split']}; "
         f"teacher {config.teacher} of {lessons.teacher.num_parameters:,} parameters",
         shape=f"{config.per_device_train_batch_size} answers",
         passes=(decisions.max_steps - done) / epoch,
@@ -249,7 +249,7 @@ class _Run(Trainer[DistillConfig]):
             cost,
             display,
             callbacks,
-            max_length=max(map(len, lessons.train)) + config.max_new_tokens,
+            max_length=lessons.prompts.longest + config.max_new_tokens,
             encoder=lessons.encoder,
             rules=_rules(),
         )
@@ -291,7 +291,7 @@ class _Run(Trainer[DistillConfig]):
         info = self.model.step(rate, clip_norm=config.max_grad_norm or None)
         self.count(metrics["loss"], info, len(rollouts.tokens), began)
         if self.due(config.logging_steps):
-            epoch = state.step * config.per_device_train_batch_size / len(self.lessons.train)
+            epoch = state.step * config.per_device_train_batch_size / len(self.lessons.prompts.train)
             shown = {name: value for name, value in metrics.items() if name != "loss"}
             shown["time/episodes_per_s"] = len(rollouts) / (time.perf_counter() - began)
             self.log(epoch, info.grad_norm, rate, **shown)
