@@ -271,12 +271,12 @@ def test_cache_is_listed_and_cleared(workshop, capsys):
     folder = workshop / ".cache"
     code, out, _ = run(capsys, "cache", "--folder", folder)
     assert code == 0
-    assert "token files" in out
+    assert "tokenized data in" in out
     facts = json.loads(run(capsys, "cache", "--folder", folder, "--json")[1])
     assert len(facts["files"]) >= 1
     assert (min(facts["files"].values()) > 0, facts["bytes_freed"]) == (True, 0)
     assert run(capsys, "cache", "--folder", folder, "--clear")[0] == 0
-    assert "0 token files" in run(capsys, "cache", "--folder", folder)[1]
+    assert "0 files of tokenized data" in run(capsys, "cache", "--folder", folder)[1]
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,6 @@ def _address(model: Model) -> int:
 
 @pytest.mark.parametrize("name", PHASES)
 def test_both_backends_train_it(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("torch")
     phase = PHASES[name]
     phase.write(tmp_path)
     (tmp_path / "a").mkdir()

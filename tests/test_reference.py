@@ -23,7 +23,6 @@ LENGTHS = [4, 7, 1, 3]
 
 def make(backend: str, level: str | None = None, config: ModelConfig = LLAMA) -> Model:
     if backend == "torch":
-        pytest.importorskip("torch")
         return ingot.Model(config, seed=3, backend="torch", device="cpu", num_values=1)
     return ingot.Model(config, seed=3, level=level, num_values=1)
 
