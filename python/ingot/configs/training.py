@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ingot.configs.checks import check_keys, parse_duration, require
+from ingot.configs.checks import check_keys, check_types, parse_duration, require
 
 Backend = Literal["native", "torch"]
 Level = Literal["portable", "avx2", "avx512"]
@@ -139,6 +139,7 @@ class RunConfig:
                 values[field.name] = (value,)
             elif value == "none" and field.default is not None and "None" in str(field.type):
                 values[field.name] = None
+        check_types(cls, values, source)
         return values
 
     @classmethod
