@@ -154,7 +154,7 @@ def test_option_names_are_frozen():
     names = {field.name for field in dataclasses.fields(PretrainConfig)}
     assert names == {
         *("data", "output", "tokenizer", "vocab_size", "model", "architecture", "separator", "windows", "held_out"),
-        "document_order",
+        *("document_order", "optim", "muon_momentum"),
         *("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("max_steps", "num_train_epochs", "max_time"),
         *(
