@@ -216,11 +216,13 @@ def test_the_long_recipe_reads_its_exercises_first_and_runs_out_of_nothing(train
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("recipe", ["world", "world-long"])
-def test_every_target_is_met(tmp_path, recipe, seed):
-    report = run(DemoConfig(output=str(tmp_path / "run"), recipe=recipe, seed=seed, stages="pretrain"))
-    missed = {name: verdict for name, verdict in report["targets"].items() if not verdict["met"]}
-    assert missed == {}
+def test_every_target_of_the_long_recipe_is_met(tmp_path, seed):
+    assert missed(run(DemoConfig(output=str(tmp_path / "run"), recipe="world-long", seed=seed, stages="pretrain"))) == {}
+
+
+def missed(report):
+    """Targets that were not met, with what was reached."""
+    return {name: target for name, target in report["targets"].items() if not target["met"]}
 
 
 # The whole path
@@ -353,9 +355,10 @@ def test_no_two_uses_of_the_world_share_a_story():
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_target_of_the_whole_path_is_met(tmp_path, seed):
-    report = run(DemoConfig(output=str(tmp_path / "run"), seed=seed, json=True))
-    missed = {name: target for name, target in report["targets"].items() if not target["met"]}
-    assert missed == {}
+    folder = tmp_path / "run"
+    report = run(DemoConfig(output=str(folder), seed=seed, json=True))
+    pretraining = json.loads((folder / "pretrain" / "report.json").read_text(encoding="utf-8"))
+    assert (missed(pretraining), missed(report)) == ({}, {})
 
 
 def test_config_is_frozen():
