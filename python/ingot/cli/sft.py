@@ -29,7 +29,7 @@ class SFT(SFTConfig):
     dry_run: bool = False
     """Print what the run would be, its cost in time and memory, and stop."""
     json: bool = False
-    """Print nothing but one JSON line at the end: steps, losses, the folder."""
+    """Print nothing but one JSON line at the end: steps, losses, the verdict, the folder."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> SFT:
@@ -51,6 +51,7 @@ class SFT(SFTConfig):
     def run(self) -> int:
         """Start or resume the run."""
         from ingot.training import sft as phase
+        from ingot.training.verdicts import read_verdict
 
         if self.resume is not None:
             result = phase.resume(
@@ -64,12 +65,15 @@ class SFT(SFTConfig):
             result = phase.sft(self.settings(), dry_run=self.dry_run, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]
-            facts = {
+            facts: dict[str, Any] = {
                 "output": str(result.output),
                 "steps": last[-1]["step"] if last else 0,
                 "best_loss": result.best_loss,
                 "final_loss": result.final_loss,
                 "num_parameters": result.model.num_parameters,
             }
+            verdict = None if self.dry_run else read_verdict(result.output)
+            if verdict is not None:
+                facts |= {"passed": verdict.passed, "verdict": verdict.text, **verdict.figures}
             print(json.dumps(facts))
         return 0
