@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import DistillConfig, load_toml
 from ingot.errors import DataError
 
@@ -53,7 +53,6 @@ class Distill(DistillConfig):
     def run(self) -> int:
         """Start or resume the run."""
         from ingot.training import distill as phase
-        from ingot.training.verdicts import read_verdict
 
         if self.resume is not None:
             result = phase.resume(
@@ -65,15 +64,14 @@ class Distill(DistillConfig):
             result = phase.distill(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]
-            verdict = None if self.dry_run else read_verdict(result.output)
-            facts = {
+            facts: dict[str, Any] = {
                 "output": str(result.output),
                 "steps": last[-1]["step"] if last else 0,
                 "best_loss": result.best_loss,
                 "final_loss": result.final_loss,
-                "passed": None if verdict is None else verdict.passed,
-                **({} if verdict is None else verdict.figures),
                 "num_parameters": result.model.num_parameters,
             }
+            if not self.dry_run:
+                facts |= verdict_facts(result.output)
             print(json.dumps(facts))
         return 0

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import SFTConfig, load_toml
 from ingot.errors import ConfigError, DataError
 
@@ -51,7 +51,6 @@ class SFT(SFTConfig):
     def run(self) -> int:
         """Start or resume the run."""
         from ingot.training import sft as phase
-        from ingot.training.verdicts import read_verdict
 
         if self.resume is not None:
             result = phase.resume(
@@ -72,8 +71,7 @@ class SFT(SFTConfig):
                 "final_loss": result.final_loss,
                 "num_parameters": result.model.num_parameters,
             }
-            verdict = None if self.dry_run else read_verdict(result.output)
-            if verdict is not None:
-                facts |= {"passed": verdict.passed, "verdict": verdict.text, **verdict.figures}
+            if not self.dry_run:
+                facts |= verdict_facts(result.output)
             print(json.dumps(facts))
         return 0
