@@ -11,6 +11,10 @@ class ConfigError(IngotError):
     """A setting is unknown, out of range, or does not fit another one."""
 
 
+class UsageError(ConfigError):
+    """A command lacks a flag that it needs; the command line then ends with the exit code of wrong usage, 2."""
+
+
 class DataError(IngotError):
     """Text, rows or token files that cannot be used as they are."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from ingot.errors import ConfigError, DataError
+from ingot.errors import ConfigError, DataError, UsageError
 
 if TYPE_CHECKING:
     from ingot.data.chat import ChatEncoder, Encoded
@@ -41,9 +41,9 @@ class Check:
     def run(self) -> int:
         """Check every file; 1 if a row is bad."""
         if not self.files:
-            raise ConfigError("nothing to check: name files of rows")
+            raise UsageError("nothing to check: name files of rows")
         if self.max_length is not None and self.tokenizer is None:
-            raise ConfigError("--max-length counts tokens: give --tokenizer too")
+            raise UsageError("--max-length counts tokens: give --tokenizer too")
         reports = [self._check(file) for file in self.files]
         if self.json:
             print(

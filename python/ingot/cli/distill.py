@@ -9,7 +9,7 @@ from typing import Any
 
 from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import DistillConfig, load_toml
-from ingot.errors import DataError
+from ingot.errors import UsageError
 
 _GROUPS = (LENGTHS,)
 
@@ -60,7 +60,7 @@ class Distill(DistillConfig):
             )
         else:
             if not self.data:
-                raise DataError("no prompts to answer: give --data with files of rows that have one")
+                raise UsageError("no prompts to answer: give --data with files of rows that have one")
             result = phase.distill(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import DPOConfig, load_toml
-from ingot.errors import ConfigError, DataError
+from ingot.errors import UsageError
 
 _GROUPS = (LENGTHS,)
 
@@ -60,9 +60,9 @@ class DPO(DPOConfig):
             )
         else:
             if not self.model:
-                raise ConfigError("no model to start from: give --model with the folder of a fine-tuned one")
+                raise UsageError("no model to start from: give --model with the folder of a fine-tuned one")
             if not self.data:
-                raise DataError("no preferences to learn from: give --data with files of rows")
+                raise UsageError("no preferences to learn from: give --data with files of rows")
             result = phase.dpo(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]

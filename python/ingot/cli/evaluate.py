@@ -8,7 +8,7 @@ import json
 from tyro.conf import Positional
 
 from ingot.configs import Backend, Level
-from ingot.errors import ConfigError
+from ingot.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Evaluate:
         from ingot.models.hf import require_writer
 
         if not self.data:
-            raise ConfigError("no text to measure on: give --data with files or folders")
+            raise UsageError("no text to measure on: give --data with files or folders")
         require_writer(self.model)
         model = ingot.load_model(
             self.model, backend=self.backend, device=self.device, threads=self.threads, level=self.level

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 from ingot.configs import parse_duration
-from ingot.errors import ConfigError
+from ingot.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Plan:
     def run(self) -> int:
         """Measure, choose, print."""
         if not self.data:
-            raise ConfigError("no text to plan for: give --data with files or folders")
+            raise UsageError("no text to plan for: give --data with files or folders")
         from ingot.plan import plan
         from ingot.tokenizer import Tokenizer
 

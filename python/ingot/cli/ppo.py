@@ -9,7 +9,7 @@ from typing import Any
 
 from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import PPOConfig, load_toml
-from ingot.errors import ConfigError, DataError
+from ingot.errors import UsageError
 
 _GROUPS = ((*LENGTHS, "total_episodes"),)
 
@@ -65,9 +65,9 @@ class PPO(PPOConfig):
             )
         else:
             if not self.model:
-                raise ConfigError("no model to start from: give --model with the folder of one that answers")
+                raise UsageError("no model to start from: give --model with the folder of one that answers")
             if not self.prompts:
-                raise DataError("no prompts to answer: give --prompts with files of rows")
+                raise UsageError("no prompts to answer: give --prompts with files of rows")
             result = phase.ppo(self.settings(), dry_run=self.dry_run, quiet=self.json)
         if self.json:
             steps = [line["step"] for line in result.history if "loss" in line]

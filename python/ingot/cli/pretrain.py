@@ -8,7 +8,7 @@ from typing import Any
 
 from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
 from ingot.configs import PretrainConfig, load_recipe, load_toml
-from ingot.errors import ConfigError
+from ingot.errors import UsageError
 
 # Settings that exclude one another.
 _GROUPS = (LENGTHS, ("tokenizer", "vocab_size"))
@@ -58,6 +58,6 @@ class Pretrain(PretrainConfig):
             pretrain.resume(self.resume, max_steps=self.max_steps, threads=self.threads, level=self.level)
             return 0
         if not self.data:
-            raise ConfigError("no text to learn from: give --data with files or folders")
+            raise UsageError("no text to learn from: give --data with files or folders")
         pretrain.pretrain(self.settings(), dry_run=self.dry_run)
         return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import RewardConfig, load_toml
-from ingot.errors import ConfigError, DataError
+from ingot.errors import UsageError
 
 _GROUPS = (LENGTHS,)
 
@@ -60,9 +60,9 @@ class Reward(RewardConfig):
             )
         else:
             if not self.model:
-                raise ConfigError("no model to start from: give --model with the folder of one that answers")
+                raise UsageError("no model to start from: give --model with the folder of one that answers")
             if not self.data:
-                raise DataError("no judgements to learn from: give --data with files of ranked lists or pairs")
+                raise UsageError("no judgements to learn from: give --data with files of ranked lists or pairs")
             result = phase.train_reward_model(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]

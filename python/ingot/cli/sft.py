@@ -9,7 +9,7 @@ from typing import Any
 
 from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import SFTConfig, load_toml
-from ingot.errors import ConfigError, DataError
+from ingot.errors import UsageError
 
 _GROUPS = (LENGTHS,)
 
@@ -58,9 +58,9 @@ class SFT(SFTConfig):
             )
         else:
             if not self.model:
-                raise ConfigError("no model to start from: give --model with the folder of a pretrained one")
+                raise UsageError("no model to start from: give --model with the folder of a pretrained one")
             if not self.data:
-                raise DataError("no demonstrations to learn from: give --data with files of rows")
+                raise UsageError("no demonstrations to learn from: give --data with files of rows")
             result = phase.sft(self.settings(), dry_run=self.dry_run, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]

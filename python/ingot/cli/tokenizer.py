@@ -9,7 +9,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from ingot.errors import ConfigError, DataError
+from ingot.errors import ConfigError, DataError, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Train:
         from ingot.data.corpus import Corpus
 
         if not self.files:
-            raise ConfigError("no text to learn from: name files or folders")
+            raise UsageError("no text to learn from: name files or folders")
         corpus = Corpus(self.files, separator=self.separator)
         if corpus.num_bytes == 0:
             raise DataError(f"{', '.join(self.files)}: there is no text to learn from")
