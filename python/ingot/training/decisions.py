@@ -101,7 +101,9 @@ def announce(
             f"parameters are trained ({100 * adapter.num_parameters / model.num_parameters:.2g} %), the others stay as they are"
         )
     display.say(f"{kind:<10}{data}")
-    display.say(f"length    {remaining:,} steps of about {probe.step_tokens:,} tokens ({shape}), {passes:.2f} passes")
+    display.say(
+        f"length    {remaining:,} step{'' if remaining == 1 else 's'} of about {probe.step_tokens:,} tokens ({shape}), {passes:.2f} passes"
+    )
     display.say(
         f"cost      about {duration(expected_s)}: steps {duration(remaining * cost.step_s)} at {probe.step_tokens / cost.step_s:,.0f} "
         f"tokens/s, held-out losses {duration(evaluations * cost.evaluation_s)}, timed just now on the run's first batch; "
