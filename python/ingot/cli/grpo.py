@@ -30,7 +30,7 @@ class GRPO(GRPOConfig):
     dry_run: bool = False
     """Print what the run would be, its cost in time and memory, and stop."""
     json: bool = False
-    """Print nothing but one JSON line at the end: updates, the verdict with what was measured before and after, the folder."""
+    """Print nothing but one JSON line at the end (of a dry run its plan): updates, the verdict with what was measured before and after, the folder."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> GRPO:
@@ -75,7 +75,6 @@ class GRPO(GRPOConfig):
                 "steps": steps[-1] if steps else 0,
                 "num_parameters": result.model.config.num_parameters,
             }
-            if not self.dry_run:
-                facts |= verdict_facts(result.output)
+            facts |= verdict_facts(result.output) if result.plan is None else result.plan
             print(json.dumps(facts))
         return 0

@@ -31,7 +31,7 @@ class Reward(RewardConfig):
     force: bool = False
     """Go on where the run that made the model did not pass its own gate."""
     json: bool = False
-    """Print nothing but one JSON line at the end: steps, losses, the verdict, the folder."""
+    """Print nothing but one JSON line at the end (of a dry run its plan): steps, losses, the verdict, the folder."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Reward:
@@ -73,7 +73,6 @@ class Reward(RewardConfig):
                 "final_loss": result.final_loss,
                 "num_parameters": result.model.num_parameters,
             }
-            if not self.dry_run:
-                facts |= verdict_facts(result.output)
+            facts |= verdict_facts(result.output) if result.plan is None else result.plan
             print(json.dumps(facts))
         return 0
