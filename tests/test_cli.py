@@ -323,3 +323,10 @@ def test_bad_input_is_one_clear_line(workshop, tmp_path, capsys, arguments, mess
     assert err.count("\n") == 1
     assert not out.startswith("a"), "a prompt is shown before its settings are known to work"
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "plan", "sft", "reward", "ppo", "grpo", "dpo", "distill"])
+def test_a_missing_flag_is_wrong_usage(capsys, command):
+    code, out, err = run(capsys, command)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "give --" in err

@@ -105,16 +105,16 @@ def test_facts_as_json(tmp_path, base, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "exit_code"),
     [
-        ((), "nothing to check: name files of rows"),
-        (("missing.jsonl",), "missing.jsonl: no such file"),
-        (("a.jsonl", "--max-length", "9"), "--max-length counts tokens: give --tokenizer too"),
+        ((), "nothing to check: name files of rows", 2),
+        (("missing.jsonl",), "missing.jsonl: no such file", 1),
+        (("a.jsonl", "--max-length", "9"), "--max-length counts tokens: give --tokenizer too", 2),
     ],
 )
-def test_check_needs_its_arguments(arguments, message, capsys):
+def test_check_needs_its_arguments(arguments, message, exit_code, capsys):
     code, _, err = run(capsys, "data", "check", *arguments)
-    assert (code, err) == (1, f"ingot: {message}\n")
+    assert (code, err) == (exit_code, f"ingot: {message}\n")
 
 
 def test_an_empty_file_is_no_good_data(tmp_path, capsys):

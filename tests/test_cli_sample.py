@@ -362,6 +362,13 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(desk, tmp_path):
     assert "2 prompts left out (row 3 first): no room to answer in the model's context of 64 tokens" in desk.out
 
 
+def test_prompts_that_are_all_too_long_are_an_error(desk, tmp_path):
+    desk.sample(prompts=write(tmp_path / "p.jsonl", [{"prompt": "x" * n} for n in (63, 100)]))
+    assert desk.code == 1
+    assert "p.jsonl: no prompt leaves room to answer in the context of" in desk.err
+    assert not desk.output.exists()
+
+
 def test_a_dry_run_draws_nothing(desk):
     desk.sample("--dry-run")
     assert desk.code == 0

@@ -217,7 +217,9 @@ def test_the_long_recipe_reads_its_exercises_first_and_runs_out_of_nothing(train
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_target_of_the_long_recipe_is_met(tmp_path, seed):
-    assert missed(run(DemoConfig(output=str(tmp_path / "run"), recipe="world-long", seed=seed, stages="pretrain"))) == {}
+    assert (
+        missed(run(DemoConfig(output=str(tmp_path / "run"), recipe="world-long", seed=seed, stages="pretrain"))) == {}
+    )
 
 
 def missed(report):

@@ -210,7 +210,7 @@ def test_on_the_command_line(place, capsys):
     assert main([*arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["steps"], facts["output"]) == (2, run)
-    assert "reverse_kl_after" in facts
+    assert "reverse_kl_after" in facts["figures"]
     assert main(["distill", "--resume", run, "--max-steps", "3", "--json"]) == 0
     assert main(["dpo", "--resume", run]) == 1
     assert "a run of ingot distill; go on with it: ingot distill --resume" in capsys.readouterr().err

@@ -513,7 +513,7 @@ def test_on_the_command_line(place, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert (facts["steps"], facts["output"]) == (2, run)
     assert isinstance(facts["passed"], bool)
-    assert "eval_accuracy_low" in facts
+    assert "eval_accuracy_low" in facts["figures"]
     assert main(["dpo", "--resume", run, "--max-steps", "3"]) == 0
     assert f"resumed from {run}/checkpoint-2" in capsys.readouterr().out
     again = ["dpo", "--config", f"{run}/dpo.toml", "--output", run + "2", "--num-train-epochs", "1"]

@@ -744,3 +744,19 @@ def test_what_is_left_open_is_what_the_method_has():
     for loss_type in LOSS_TYPES:
         config = GRPOConfig(loss_type=loss_type)
         assert GRPOConfig.from_dict(config.to_dict()) == config
+
+
+def test_functions_given_by_a_program_have_weights_too(place):
+    def one(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    def length(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(completion)) for completion in completions]
+
+    weighted = config_at(place, reward=(), reward_weights=(2.0, -0.5))
+    for line in updates(ingot.grpo(weighted, rewards=[one, length], quiet=True)):
+        expected = 2.0 * line["rewards/one/mean"] - 0.5 * line["rewards/length/mean"]
+        assert line["objective/scores"] == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="reward_weights has 2 numbers for 1 rewards"):
+        ingot.grpo(dataclasses.replace(weighted, output=str(place / "other")), rewards=[one], quiet=True)
+    assert not (place / "other").exists()

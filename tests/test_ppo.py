@@ -469,7 +469,7 @@ def test_settings_that_cannot_be_are_refused():
         ({"critic": "reward_model"}, "critic reward_model needs a reward model"),
         ({"critic_learning_rate": 1e-3}, "critic_learning_rate is of a critic of its own"),
         ({"export_by": "judge"}, "export_by judge needs --judge"),
-        ({"reward": ("a:b",), "reward_weights": (1.0, 2.0)}, "reward_weights has 2 numbers for 1 rewards"),
+        ({"reward": ("a:b", "a:c"), "reward_weights": (1.0,)}, "reward_weights has 1 numbers for 2 rewards"),
         ({"delta": 1.1}, "delta must be above 1 \\+ cliprange"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target moves kl_coef"),
         ({"num_mini_batches": 65}, "num_mini_batches 65 is more than the 64 answers"),

@@ -744,3 +744,11 @@ def test_runs_as_the_phases_leave_them(tmp_path):
     assert [entry["kind"] for entry in chain] == ["pretrain", "sft"]
     assert chain[1]["data"][0] == demos
     page_of(Path(base.output), Path(tuned.output))
+
+
+@pytest.mark.parametrize("height", [1.0, -2.0])
+def test_a_flat_line_stands_beside_zero(height):
+    picture = charts.draw_chart([Series("a", [(0.0, height), (9.0, height)])], "t", "x", "y")
+    written = [text.text for text in ElementTree.fromstring(picture).iter() if text.tag.endswith("text") and text.text]
+    assert {"0.0", f"{height:.1f}"} <= set(written)
+    assert "1.2" not in written

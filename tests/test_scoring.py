@@ -156,6 +156,21 @@ def test_a_response_that_fills_the_context_ends_in_its_last_place():
         model.score(["a", "b" * 30], ["c", "d"])
 
 
+def test_text_that_fills_the_context_is_scored_and_longer_text_has_no_reward():
+    model = new_model(max_position_embeddings=20)
+    # A prompt that begins with one token, and an answer that ends with another: 18 tokens between them.
+    length = len(model.encoder.encode_text("b", "a").ids) - 2
+    fits, fills, too_long = ("b" * (18 - length + extra + 1) for extra in (0, 1, 2))
+    full = model.encoder.encode_text(fills, "a").ids
+    assert len(full) == 21
+    cut = np.append(full[:19], full[-1])
+    assert model.score(["a"], [fills]) == model.score_tokens(cut, np.array([0, 20]))
+    said = model(["a", "a", "a", "a"], [fits, too_long, fills, "b"])
+    assert said[1] is None
+    assert [said[0], said[2], said[3]] == model.score(["a"] * 3, [fits, fills, "b"]).tolist()
+    assert model(["a"], [too_long]) == [None]
+
+
 def test_criteria_are_weighed(tmp_path):
     model = new_model()
     folder = write(model, tmp_path / "rm")

@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import DPOConfig, load_toml
-from ingot.errors import ConfigError, DataError
+from ingot.errors import ConfigError
 
 _GROUPS = (LENGTHS,)
 
@@ -31,7 +31,7 @@ class DPO(DPOConfig):
     dry_run: bool = False
     """Print what the run would be, its cost in time and memory, and stop."""
     json: bool = False
-    """Print nothing but one JSON line at the end: steps, losses, the verdict, the folder."""
+    """Print nothing but one JSON line at the end (of a dry run its plan): steps, losses, the verdict, the folder."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> DPO:
@@ -53,7 +53,6 @@ class DPO(DPOConfig):
     def run(self) -> int:
         """Start or resume the run."""
         from ingot.training import dpo as phase
-        from ingot.training.verdicts import read_verdict
 
         if self.resume is not None:
             result = phase.resume(
@@ -63,19 +62,17 @@ class DPO(DPOConfig):
             if not self.model:
                 raise ConfigError("no model to start from: give --model with the folder of a fine-tuned one")
             if not self.data:
-                raise DataError("no preferences to learn from: give --data with files of rows")
+                raise ConfigError("no preferences to learn from: give --data with files of rows")
             result = phase.dpo(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]
-            verdict = None if self.dry_run else read_verdict(result.output)
-            facts = {
+            facts: dict[str, Any] = {
                 "output": str(result.output),
                 "steps": last[-1]["step"] if last else 0,
                 "best_loss": result.best_loss,
                 "final_loss": result.final_loss,
-                "passed": None if verdict is None else verdict.passed,
-                **({} if verdict is None else verdict.figures),
                 "num_parameters": result.model.num_parameters,
             }
+            facts |= verdict_facts(result.output) if result.plan is None else result.plan
             print(json.dumps(facts))
         return 0

@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import GRPOConfig, load_toml
-from ingot.errors import ConfigError, DataError
+from ingot.errors import ConfigError
 
 _GROUPS = ((*LENGTHS, "total_episodes"),)
 
@@ -30,7 +30,7 @@ class GRPO(GRPOConfig):
     dry_run: bool = False
     """Print what the run would be, its cost in time and memory, and stop."""
     json: bool = False
-    """Print nothing but one JSON line at the end: updates, what was measured before and after, the folder."""
+    """Print nothing but one JSON line at the end (of a dry run its plan): updates, the verdict with what was measured before and after, the folder."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> GRPO:
@@ -57,7 +57,6 @@ class GRPO(GRPOConfig):
     def run(self) -> int:
         """Start or resume the run."""
         from ingot.training import grpo as phase
-        from ingot.training.verdicts import read_verdict
 
         if self.resume is not None:
             result = phase.resume(
@@ -67,17 +66,15 @@ class GRPO(GRPOConfig):
             if not self.model:
                 raise ConfigError("no model to start from: give --model with the folder of one that answers")
             if not self.prompts:
-                raise DataError("no prompts to answer: give --prompts with files of rows")
+                raise ConfigError("no prompts to answer: give --prompts with files of rows")
             result = phase.grpo(self.settings(), dry_run=self.dry_run, quiet=self.json)
         if self.json:
             steps = [line["step"] for line in result.history if "loss" in line]
-            verdict = None if self.dry_run else read_verdict(result.output)
-            facts = {
+            facts: dict[str, Any] = {
                 "output": str(result.output),
                 "steps": steps[-1] if steps else 0,
-                "passed": None if verdict is None else verdict.passed,
-                "figures": {} if verdict is None else dict(verdict.figures),
                 "num_parameters": result.model.config.num_parameters,
             }
+            facts |= verdict_facts(result.output) if result.plan is None else result.plan
             print(json.dumps(facts))
         return 0

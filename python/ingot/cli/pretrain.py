@@ -79,5 +79,5 @@ class Pretrain(PretrainConfig):
                 "final_loss": result.final_loss,
                 "num_parameters": result.model.num_parameters,
             }
-            print(json.dumps(facts))
+            print(json.dumps(facts | (result.plan or {})))
         return 0

@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import RewardConfig, load_toml
-from ingot.errors import ConfigError, DataError
+from ingot.errors import ConfigError
 
 _GROUPS = (LENGTHS,)
 
@@ -31,7 +31,7 @@ class Reward(RewardConfig):
     force: bool = False
     """Go on where the run that made the model did not pass its own gate."""
     json: bool = False
-    """Print nothing but one JSON line at the end: steps, losses, the folder, the verdict."""
+    """Print nothing but one JSON line at the end (of a dry run its plan): steps, losses, the verdict, the folder."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Reward:
@@ -53,7 +53,6 @@ class Reward(RewardConfig):
     def run(self) -> int:
         """Start or resume the run."""
         from ingot.training import reward_model as phase
-        from ingot.training.verdicts import read_verdict
 
         if self.resume is not None:
             result = phase.resume(
@@ -63,7 +62,7 @@ class Reward(RewardConfig):
             if not self.model:
                 raise ConfigError("no model to start from: give --model with the folder of one that answers")
             if not self.data:
-                raise DataError("no judgements to learn from: give --data with files of ranked lists or pairs")
+                raise ConfigError("no judgements to learn from: give --data with files of ranked lists or pairs")
             result = phase.train_reward_model(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]
@@ -74,8 +73,6 @@ class Reward(RewardConfig):
                 "final_loss": result.final_loss,
                 "num_parameters": result.model.num_parameters,
             }
-            verdict = read_verdict(result.output)
-            if verdict is not None:
-                facts |= {"passed": verdict.passed, "verdict": verdict.text, **verdict.figures}
+            facts |= verdict_facts(result.output) if result.plan is None else result.plan
             print(json.dumps(facts))
         return 0

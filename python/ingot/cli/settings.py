@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ingot.errors import ConfigError
@@ -60,3 +61,13 @@ def override(
             for name in group:
                 fields.pop(name, None)
     fields |= newer
+
+
+def verdict_facts(folder: str | Path) -> dict[str, Any]:
+    """The verdict of a run as ``--json`` prints it, whatever the phase; nothing is known of a run without one."""
+    from ingot.training.verdicts import read_verdict
+
+    verdict = read_verdict(folder)
+    if verdict is None:
+        return {"passed": None, "verdict": None, "figures": {}}
+    return {"passed": verdict.passed, "verdict": verdict.text, "figures": dict(verdict.figures)}

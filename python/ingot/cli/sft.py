@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
+from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
 from ingot.configs import SFTConfig, load_toml
-from ingot.errors import ConfigError, DataError
+from ingot.errors import ConfigError
 
 _GROUPS = (LENGTHS,)
 
@@ -29,7 +29,7 @@ class SFT(SFTConfig):
     dry_run: bool = False
     """Print what the run would be, its cost in time and memory, and stop."""
     json: bool = False
-    """Print nothing but one JSON line at the end: steps, losses, the folder."""
+    """Print nothing but one JSON line at the end (of a dry run its plan): steps, losses, the verdict, the folder."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> SFT:
@@ -60,16 +60,17 @@ class SFT(SFTConfig):
             if not self.model:
                 raise ConfigError("no model to start from: give --model with the folder of a pretrained one")
             if not self.data:
-                raise DataError("no demonstrations to learn from: give --data with files of rows")
+                raise ConfigError("no demonstrations to learn from: give --data with files of rows")
             result = phase.sft(self.settings(), dry_run=self.dry_run, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]
-            facts = {
+            facts: dict[str, Any] = {
                 "output": str(result.output),
                 "steps": last[-1]["step"] if last else 0,
                 "best_loss": result.best_loss,
                 "final_loss": result.final_loss,
                 "num_parameters": result.model.num_parameters,
             }
+            facts |= verdict_facts(result.output) if result.plan is None else result.plan
             print(json.dumps(facts))
         return 0

@@ -106,8 +106,9 @@ class OnlineConfig(LoraConfig):
         for by, source in (("judge", self.judge), ("gold", self.gold)):
             require(self.export_by != by or source is not None, f"export_by {by} needs --{by}")
         if self.reward_weights is not None:
+            # More than the names here: a program may add functions of its own, and all are counted then.
             require(
-                len(self.reward_weights) == len(self.rewards),
+                len(self.reward_weights) >= len(self.rewards),
                 f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards: give one for each, the reward model's first",
             )
 

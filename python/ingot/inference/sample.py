@@ -206,6 +206,8 @@ def sample_candidates(
     rows = prompt_rows(prompts)
     writers = [open_writer(model, threads, backend, device) for model in models]
     groups, too_long = prompt_groups(rows, there, writers, size, prompts, notices)
+    if too_long and not groups and not there:
+        raise DataError(f"{prompts}: no prompt leaves room to answer in the context of {', '.join(map(str, models))}")
     work = _Work(writers, output, settings, rewards, reward_threshold, duplicates if temperature else "drop", size)
     start = time.monotonic()
     interrupted = False

@@ -8,6 +8,7 @@ Shape legend: n responses, k criteria, N tokens of a packed batch, S sequences.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -37,6 +38,10 @@ Progress: TypeAlias = Callable[[int, int], object]
 """Called with responses done and in all."""
 
 _PACK_TOKENS = 16384
+
+
+class _TooLongError(DataError):
+    """A response is longer than the context."""
 
 
 class RewardModel:
@@ -175,27 +180,39 @@ class RewardModel:
             [self._ids(*each, n) for n, each in enumerate(zip(prompts, completions, strict=True))], progress
         )
 
-    def __call__(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[float]:
-        """As a reward function."""
-        return [float(each) for each in self.score(prompts, completions)]
+    def __call__(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[float | None]:
+        """As a reward function, with nothing to say about what is longer than the model's context."""
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(completions)} completions for {len(prompts)} prompts")
+        fitting: dict[int, IntArray] = {}
+        for number, each in enumerate(zip(prompts, completions, strict=True)):
+            with contextlib.suppress(_TooLongError):
+                fitting[number] = self._ids(*each, number)
+        scores = self.score_ids_each(list(fitting.values())) @ self.weights
+        said = dict(zip(fitting, scores.tolist(), strict=True))
+        return [said.get(number) for number in range(len(prompts))]
 
     def _ids(self, prompt: Content, completion: Content, number: int) -> IntArray:
         try:
             if isinstance(prompt, str):
                 if not isinstance(completion, str):
                     raise DataError("the completion is a list of messages, but the prompt is text")
-                return self._fitting(self.encoder.encode_text(completion, prompt).ids, number)
+                return self._fitting(self.encoder.encode_text(completion, prompt).ids)
             answer: list[Message] = (
                 [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
             )
-            return self._fitting(self.encoder.encode([*prompt, *answer], first_trained=len(prompt)).ids, number)
+            return self._fitting(self.encoder.encode([*prompt, *answer], first_trained=len(prompt)).ids)
         except DataError as error:
-            raise DataError(f"{self.name}: response {number} cannot be scored: {error}") from None
+            kind = _TooLongError if isinstance(error, _TooLongError) else DataError
+            raise kind(f"{self.name}: response {number} cannot be scored: {error}") from None
 
-    def _fitting(self, ids: IntArray, number: int) -> IntArray:
+    def _fitting(self, ids: IntArray) -> IntArray:
         context = self.model.config.max_position_embeddings
+        if len(ids) == context + 1:
+            # As score_tokens has it: a response that fills the context ends in its last place.
+            return np.append(ids[: context - 1], ids[-1])
         if len(ids) > context:
-            raise DataError(
+            raise _TooLongError(
                 f"it has {len(ids)} tokens with its prompt, and the model's context is {context}: shorten it or leave it out"
             )
         return ids

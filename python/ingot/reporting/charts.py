@@ -168,6 +168,9 @@ def draw_chart(
     ys = [y for one in series for _, y in one.points] + [level.y for level in levels] or [0.0, 1.0]
     if y_top is not None:
         ys = [min(y, y_top) for y in ys]
+    if min(ys) == max(ys):
+        # A flat line says how high it is only beside 0: a share of 1 would stand at the foot of its picture.
+        ys.append(0.0)
     x_low, x_high = min(xs), max(xs)
     x_ticks = ticks(x_low, x_high, int((frame.right - frame.left) / (6 * font)))
     y_ticks = ticks(min(ys), max(ys), max(3, int((bottom - top) / (2.6 * font))))

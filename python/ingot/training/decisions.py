@@ -62,6 +62,22 @@ def decide(
     return Decisions(max_steps, eval_steps, save_steps, eval_batches), cost
 
 
+def expected_s(decisions: Decisions, cost: Cost, done: int = 0) -> float:
+    """Seconds of the run from step ``done`` on, with its evaluations and checkpoints."""
+    remaining = decisions.max_steps - done
+    return cost.total_s(remaining, remaining // decisions.eval_steps + 2, remaining // decisions.save_steps + 1)
+
+
+def plan_of(decisions: Decisions, cost: Cost) -> dict[str, Any]:
+    """What a dry run has found out, for a program."""
+    return {
+        **dataclasses.asdict(decisions),
+        "expected_s": expected_s(decisions, cost),
+        **dataclasses.asdict(cost),
+        "memory_bytes": peak_memory(),
+    }
+
+
 def announce(
     config: RunConfig,
     model: Model,
@@ -89,10 +105,9 @@ def announce(
     """
     remaining = decisions.max_steps - done
     evaluations = remaining // decisions.eval_steps + 2 if probe.evaluation_batches else 0
-    expected_s = cost.total_s(remaining, evaluations, remaining // decisions.save_steps + 1)
     display.say(
         f"network   {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {model.num_parameters:,} parameters; "
-        f"{model.backend} backend, level {model.level}, {model.threads} thread{'s' if model.threads > 1 else ''}"
+        f"{model.backend} backend, level {model.level}, {model.threads} thread{'' if model.threads == 1 else 's'}"
     )
     if model.active_adapter is not None:
         adapter = model.adapters[model.active_adapter]
@@ -101,9 +116,11 @@ def announce(
             f"parameters are trained ({100 * adapter.num_parameters / model.num_parameters:.2g} %), the others stay as they are"
         )
     display.say(f"{kind:<10}{data}")
-    display.say(f"length    {remaining:,} steps of about {probe.step_tokens:,} tokens ({shape}), {passes:.2f} passes")
     display.say(
-        f"cost      about {duration(expected_s)}: steps {duration(remaining * cost.step_s)} at {probe.step_tokens / cost.step_s:,.0f} "
+        f"length    {remaining:,} step{'' if remaining == 1 else 's'} of about {probe.step_tokens:,} tokens ({shape}), {passes:.2f} passes"
+    )
+    display.say(
+        f"cost      about {duration(expected_s(decisions, cost, done))}: steps {duration(remaining * cost.step_s)} at {probe.step_tokens / cost.step_s:,.0f} "
         f"tokens/s, held-out losses {duration(evaluations * cost.evaluation_s)}, timed just now on the run's first batch; "
         f"memory about {peak_memory() / 1e9:.2f} of {memory_limit() / 1e9:.1f} GB"
     )

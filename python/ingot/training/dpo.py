@@ -567,9 +567,9 @@ class _Run(Trainer[DPOConfig]):
         words = [f"step {state.step}"]
         if "eval_loss" in measured:
             words += [f"held-out loss {measured['eval_loss']:.4f}", f"accuracy {100 * measured['eval_accuracy']:.1f} %"]
-            words += [f"margin {measured['eval_rewards/margins']:.3f}"]
+            words += [f"margin {measured['eval_rewards/margins']:z.3f}"]
         if self.prompts:
-            words += [f"KL {measured['eval_kl']:.2f}", f"answers ended {100 * measured['eval_eos_rate']:.0f} %"]
+            words += [f"KL {measured['eval_kl']:z.2f}", f"answers ended {100 * measured['eval_eos_rate']:.0f} %"]
         if len(words) > 1:
             self.display.say("  ".join(words))
         if "eval_loss" in measured:

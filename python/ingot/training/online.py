@@ -190,7 +190,7 @@ class OnlineTrainer(Trainer[OnlineT]):
         skipped = bool(infos) and all(info.skipped for info in infos)
         found = {**experience.metrics(), **metrics}
         score = found.get("objective/scores", math.nan)
-        self._figures = (f"score {score:.3f}", f"KL {found['objective/kl']:.2f}")
+        self._figures = (f"score {score:.3f}", f"KL {found['objective/kl']:z.2f}")
         rate = self.learning_rate()
         self.count(loss, StepInfo(grad_norm, skipped), int(experience.rollouts.num_actions.sum()), began)
         if self.due(self.config.logging_steps):
@@ -412,7 +412,12 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
             f"{name}_change": change.value,
             f"{name}_margin": change.margin,
         }
-    for name, words in (("kl", "KL {0:.2f} nats an answer"), ("eos_rate", ""), ("mean_length", ""), ("distinct_2", "")):
+    for name, words in (
+        ("kl", "KL {0:z.2f} nats an answer"),
+        ("eos_rate", ""),
+        ("mean_length", ""),
+        ("distinct_2", ""),
+    ):
         figures |= {
             f"{name}_before": first["figures"][f"eval_{name}"],
             f"{name}_after": best["figures"][f"eval_{name}"],
@@ -463,7 +468,7 @@ def _in_words(found: Mapping[str, float]) -> str:
         ("eval_score", "proxy", "{:.3f}".format),
         ("eval_judge", "judge", "{:.3f}".format),
         ("eval_gold", "gold", "{:.3f}".format),
-        ("eval_kl", "KL", "{:.2f}".format),
+        ("eval_kl", "KL", "{:z.2f}".format),
         ("eval_eos_rate", "ended", lambda share: f"{100 * share:.0f} %"),
         ("eval_mean_length", "length", "{:.1f}".format),
     )

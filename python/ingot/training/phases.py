@@ -16,7 +16,7 @@ from ingot.configs import LoraConfig, ModelConfig, RunConfig
 from ingot.training.callbacks import Callback
 from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost
-from ingot.training.decisions import Decisions
+from ingot.training.decisions import Decisions, plan_of
 from ingot.training.demonstrations import Rows
 from ingot.training.lora import attach_adapter
 from ingot.training.progress import Display, make_display
@@ -164,8 +164,8 @@ class RowsPhase(Generic[RowsT, MaterialT]):
             material = self.prepare(config, None, shape, rows, display)
             model = self.make_model(config, material, None)
             attach_adapter(config, model, {})
-            self.decide(config, material, model, {}, 0, display)
-            return TrainingResult([], model, material.encoder.tokenizer, Path(config.output), None, None)
+            plan = plan_of(*self.decide(config, material, model, {}, 0, display))
+            return TrainingResult([], model, material.encoder.tokenizer, Path(config.output), None, None, plan)
         with RunFolder.create(config.output, self.kind, config.to_dict()) as folder:
             return self._train(folder, config, rows, callbacks, display)
 

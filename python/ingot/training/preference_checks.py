@@ -212,7 +212,7 @@ def verdict_of(history: Sequence[Mapping[str, Any]], best_step: int | None, *, v
         ended = after >= before - MAX_EOS_FALL
         passed = passed and ended
         sentences.append(
-            f"Its answers are {end['eval_kl']:.2f} nats from the reference; it ends {_percent(after)} of them by itself ({_percent(before)} "
+            f"Its answers are {end['eval_kl']:z.2f} nats from the reference; it ends {_percent(after)} of them by itself ({_percent(before)} "
             f"before), after {end['eval_completions/mean_length']:.1f} tokens ({start['eval_completions/mean_length']:.1f} before)."
         )
         if not ended:

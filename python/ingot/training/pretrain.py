@@ -19,7 +19,7 @@ from ingot.losses.next_token import next_token_loss, token_weights
 from ingot.training.callbacks import Callback
 from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, Probe
-from ingot.training.decisions import Decisions, announce, decide
+from ingot.training.decisions import Decisions, announce, decide, plan_of
 from ingot.training.phases import carry_out, reopened
 from ingot.training.preparation import Data, Text, make_model, prepare_text, settle_length
 from ingot.training.progress import Display, make_display
@@ -69,8 +69,8 @@ def pretrain(
     if dry_run:
         text = prepare_text(config, None, data, display)
         model = make_model(config, text.tokenizer, None)
-        _decide(config, text, model, {}, 0, display)
-        return PretrainResult([], model, text.tokenizer, Path(config.output), None, None)
+        plan = plan_of(*_decide(config, text, model, {}, 0, display))
+        return PretrainResult([], model, text.tokenizer, Path(config.output), None, None, plan)
     with RunFolder.create(config.output, "pretrain", config.to_dict()) as folder:
         return _train(folder, config, data, callbacks, display)
 

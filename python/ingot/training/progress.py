@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 _PLAIN_LINES_A_RUN = 50
 _HEARTBEAT_S = 30.0
+_WIDE = 110
+"""Columns of a terminal that has room for a long bar."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +34,19 @@ class Status:
     figures: tuple[str, ...] = ()
     """What is shown instead of the losses, as short texts."""
 
-    def words(self) -> list[str]:
-        """The figures as short texts."""
-        shown = list(self.figures)
-        if self.loss is not None and not shown:
-            shown.append(f"loss {self.loss:.4f}")
+    def words(self, room: int | None = None) -> str:
+        """The figures as a short text; in ``room`` columns, the last ones are left out that do not fit."""
+        learning = list(self.figures)
+        if self.loss is not None and not learning:
+            learning.append(f"loss {self.loss:.4f}")
         if self.eval_loss is not None and not self.figures:
-            shown.append(f"held-out {self.eval_loss:.4f}")
-        peak = "" if self.share_of_peak is None else f" ({100 * self.share_of_peak:.0f} % of peak)"
-        shown.append(f"{_thousands(self.tokens_per_s)} tokens/s{peak}")
-        shown.append(f"{self.memory_bytes / 1e9:.2f} GB")
-        return shown
+            learning.append(f"held-out {self.eval_loss:.4f}")
+        rate = f"{_thousands(self.tokens_per_s)} tokens/s"
+        of_peak = rate if self.share_of_peak is None else f"{rate} ({100 * self.share_of_peak:.0f} % of peak)"
+        fuller = ([*learning, of_peak, f"{self.memory_bytes / 1e9:.2f} GB"], [*learning, of_peak], [*learning, rate])
+        shorter = [learning[:count] for count in range(len(learning), -1, -1)]
+        texts = ["  ".join(words) for words in (*fuller, *shorter)]
+        return texts[0] if room is None else next(text for text in texts if len(text) <= max(0, room))
 
 
 class Display(Protocol):
@@ -127,7 +131,7 @@ class PlainDisplay:
         at_the_end = status.step == self._total != self._shown_step
         if (due and now - self._shown_at >= 1.0) or at_the_end:
             self._shown_step, self._shown_at = status.step, now
-            self.say(f"step {status.step}/{self._total}  {'  '.join(status.words())}  ETA {duration(status.eta_s)}")
+            self.say(f"step {status.step}/{self._total}  {status.words()}  ETA {duration(status.eta_s)}")
 
     def stop(self) -> None:
         pass
@@ -144,6 +148,7 @@ class RichDisplay:
         self._task: TaskID | None = None
         self._working: Progress | None = None
         self._loss: float | None = None
+        self._bar_width = 24
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -170,8 +175,9 @@ class RichDisplay:
     def start(self, step: int, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+        self._bar_width = 24 if self._console.width >= _WIDE else 12
         self._progress = Progress(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=self._bar_width),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
             TextColumn("ETA {task.fields[eta]}"),
@@ -186,9 +192,10 @@ class RichDisplay:
                 # During something else than a step the loss of the last one stays in sight.
                 status = dataclasses.replace(status, loss=self._loss)
             self._loss = status.loss
-            self._progress.update(
-                self._task, completed=status.step, figures="  ".join(status.words()), eta=duration(status.eta_s)
-            )
+            eta, total = duration(status.eta_s), self._progress.tasks[0].total or 0
+            # Four columns with a space between; the step count is as wide as that of the end.
+            room = self._console.width - self._bar_width - (2 * len(f"{total:.0f}") + 1) - len(f"ETA {eta}") - 3
+            self._progress.update(self._task, completed=status.step, figures=status.words(room), eta=eta)
 
     def stop(self) -> None:
         for progress in (self._working, self._progress):

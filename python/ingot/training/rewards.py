@@ -156,7 +156,7 @@ class RewardFunctions:
             if not outcome:
                 raise RewardError(
                     f"reward {place}: took longer than {self._timeout_s:g} s for {len(arguments.get('completions', ()))} completions: "
-                    "make it faster or raise the timeout"
+                    "make it faster, or raise reward_timeout"
                 )
         result, error = outcome[0]
         if isinstance(error, KeyboardInterrupt):

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from ingot.training.callbacks import Callback
 from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost
-from ingot.training.decisions import Decisions
+from ingot.training.decisions import Decisions, plan_of
 from ingot.training.online import OnlineT, require_best_of_n
 from ingot.training.phases import Run, carry_out, reopened
 from ingot.training.progress import Display, make_display
@@ -45,8 +45,8 @@ class SamplingPhase(Generic[OnlineT, SetupT]):
         display = make_display(quiet)
         setup = self.prepare(config, given, display)
         if dry_run:
-            self.decide(config, setup, {}, 0, display)
-            return TrainingResult([], setup.policy, setup.encoder.tokenizer, Path(config.output), None, None)
+            plan = plan_of(*self.decide(config, setup, {}, 0, display))
+            return TrainingResult([], setup.policy, setup.encoder.tokenizer, Path(config.output), None, None, plan)
         require_gates(config, display)
         gate = require_best_of_n(config, setup, display)
         with RunFolder.create(config.output, self.kind, config.to_dict()) as folder:

@@ -29,6 +29,7 @@ from ingot.tokenizer import Tokenizer
 from ingot.training.callbacks import Callback
 from ingot.training.cost import Cost, require_memory
 from ingot.training.decisions import Decisions, announce, decide
+from ingot.training.demonstration_checks import rules, share_within, verdict_of
 from ingot.training.demonstrations import Demonstrations, Rows, prepare_demonstrations
 from ingot.training.lora import num_trained
 from ingot.training.phases import RowsPhase
@@ -36,6 +37,7 @@ from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.trainer import Trainer, TrainingResult, measure
+from ingot.training.verdicts import write_verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
@@ -233,6 +235,7 @@ class _Run(Trainer[SFTConfig]):
             callbacks,
             max_length=int(train.lengths().mean()),
             encoder=encoder,
+            rules=rules(),
         )
         self.demonstrations = demonstrations
         longest = demonstrations.max_length - 1
@@ -255,6 +258,7 @@ class _Run(Trainer[SFTConfig]):
                 if state.step >= total:
                     break
                 self.train_step()
+        self.judge()
         self.finish()
 
     def train_step(self) -> None:
@@ -345,6 +349,22 @@ class _Run(Trainer[SFTConfig]):
             self.record_sample(prompt=answer.prompt, completion=answer.text, ended=ended)
         self.show_sample(answers[0].prompt + answers[0].text)
         return sum(answer.finish_reason != "length" for answer in answers) / len(answers)
+
+    def judge(self) -> None:
+        """The verdict, which the next stage reads."""
+        demonstrations, max_tokens = self.demonstrations, self.config.sample_tokens
+        found = verdict_of(
+            self.folder.metrics.read(),
+            self.state.best_step,
+            num_answers=len(self.prompts),
+            max_tokens=max_tokens,
+            within=share_within(
+                demonstrations.held_out if len(demonstrations.held_out) else demonstrations.train, max_tokens
+            ),
+        )
+        self.display.stop()
+        self.guarded(lambda: write_verdict(self.folder.path, found))
+        self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
 
 
 _PHASE = RowsPhase(

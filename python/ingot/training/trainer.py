@@ -64,6 +64,9 @@ class TrainingResult:
     """Lowest held-out loss, nats per token; None where nothing was held out."""
     final_loss: float | None
     """Held-out loss of the last step."""
+    plan: dict[str, Any] | None = None
+    """Of a dry run: ``max_steps`` and what else was decided, ``expected_s`` of the whole run, seconds of a step, an evaluation and a
+    checkpoint, and ``memory_bytes``."""
 
 
 # ---- beginning and resuming

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ingot.durable import write_file
 from ingot.errors import RunError
+from ingot.training.runs import RUN_FILE
 
 if TYPE_CHECKING:
     from ingot.training.progress import Display
@@ -69,13 +70,20 @@ def read_verdict(folder: str | Path) -> Verdict | None:
 
 
 def require_passed(folder: str | Path, *, force: bool, display: Display) -> Verdict | None:
-    """Repeat the verdict of the run that a phase starts from, and refuse a failed one unless ``force``.
+    """Repeat the verdict of the run that a phase starts from, and refuse a failed or unfinished one unless ``force``.
 
     Raises
     ------
     RunError
-        It did not pass; says why, what to do, and how to go on all the same.
+        It did not pass, or has no verdict yet; says why, what to do, and how to go on all the same.
     """
+    kind = _unfinished(folder)
+    if kind is not None:
+        problem = f"{folder}: is not finished, so there is no verdict on it"
+        if not force:
+            raise RunError(f"{problem}; finish it: ingot {kind} --resume {folder} (--force goes on all the same)")
+        display.say(f"verdict   {problem}; going on by force")
+        return None
     verdict = read_verdict(folder)
     if verdict is None:
         return None
@@ -86,3 +94,13 @@ def require_passed(folder: str | Path, *, force: bool, display: Display) -> Verd
     else:
         raise RunError(f"{folder}: did not pass its gate: {verdict.text} (--force goes on all the same)")
     return verdict
+
+
+def _unfinished(folder: str | Path) -> str | None:
+    """The phase of a run that ends with a verdict and has not come to its end; None for any other folder."""
+    try:
+        facts = json.loads((Path(folder) / RUN_FILE).read_bytes())
+        kind, finished = str(facts["kind"]), bool(facts["finished"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if finished or kind == "pretrain" else kind
