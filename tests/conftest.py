@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
 # One thread pool a process is enough beside the tests' own; set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -23,6 +26,16 @@ hypothesis.settings.load_profile("ingot")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ALL_LEVELS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freed_memory_goes_back() -> Iterator[None]:
+    """What a file's tests have freed goes back to the system, of which glibc keeps hundreds of megabytes after each otherwise."""
+    yield
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -395,7 +395,9 @@ class NativeOptimizer:
             for name, view in views.items()
         }
         check_saved_optim(state, self._optim)
-        marks: dict[str, tuple[int, ...]] = {"step": (1,)} | ({"muon": (1,)} if self._optim == "muon" else {})
+        marks: dict[str, tuple[int, ...]] = {"step": (1,)}
+        if self._optim == "muon":
+            marks["muon"] = (1,)
         check_state(state, marks | {name: view.shape for name, view in moments.items()}, "optimizer state")
         steps = int(state["step"][0])
         if steps < 0:

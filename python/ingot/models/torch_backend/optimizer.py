@@ -120,7 +120,9 @@ class TorchOptimizer:
         """The inverse of :meth:`state`; a missing, surplus or mis-shaped entry is a ``CheckpointError`` that names it."""
         table = self._set.table
         check_saved_optim(state, self._optim)
-        shapes: dict[str, tuple[int, ...]] = {"step": (1,)} | ({"muon": (1,)} if self._optim == "muon" else {})
+        shapes: dict[str, tuple[int, ...]] = {"step": (1,)}
+        if self._optim == "muon":
+            shapes["muon"] = (1,)
         shapes |= {f"{prefix}.{p.name}": p.shape for prefix in ("m", "v") for p in table}
         check_state(state, shapes, "optimizer state")
         num_steps = int(as_array(state["step"])[0])
