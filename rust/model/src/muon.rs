@@ -76,19 +76,25 @@ pub(crate) fn step(
 }
 
 fn update(compute: &Compute, arenas: &ArenaPool, item: Item<'_>, momentum: f64, scale: f32) {
-    let Matrix { rows, cols, .. } = item.target.matrix;
+    let Item {
+        target,
+        parameters,
+        gradients,
+        m,
+    } = item;
+    let Matrix { rows, cols, .. } = target.matrix;
     let mut x = arenas.lease(rows * cols);
     let (beta, rest) = (momentum as f32, (1.0 - momentum) as f32);
-    for ((x, m), g) in x.iter_mut().zip(&mut *item.m).zip(item.gradients) {
+    for ((x, m), g) in x.iter_mut().zip(m).zip(gradients) {
         let fresh = rest * (g * scale);
         *m = beta * *m + fresh;
         *x = beta * *m + fresh;
     }
     orthogonalize(compute, arenas, &mut x, rows, cols);
-    let learning_rate = item.target.learning_rate;
-    let keep = (1.0 - learning_rate * item.target.weight_decay) as f32;
+    let learning_rate = target.learning_rate;
+    let keep = (1.0 - learning_rate * target.weight_decay) as f32;
     let length = (ADAMW_RMS * learning_rate * (rows.max(cols) as f64).sqrt()) as f32;
-    for (w, x) in item.parameters.iter_mut().zip(&*x) {
+    for (w, x) in parameters.iter_mut().zip(&*x) {
         *w = keep * *w - length * x;
     }
 }
