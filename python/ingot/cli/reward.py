@@ -63,7 +63,9 @@ class Reward(RewardConfig):
             if not self.model:
                 raise ConfigError("no model to start from: give --model with the folder of one that answers")
             if not self.data:
-                raise DataError("no judgements to learn from: give --data with files of ranked lists or pairs")
+                raise DataError(
+                    "no judgements to learn from: give --data with files of ranked lists, pairs, or answers with labels"
+                )
             result = phase.train_reward_model(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]
