@@ -27,7 +27,6 @@ from ingot.losses.numerics import (
     Ints,
     Metrics,
     f64,
-    log1mexp,
     log_sigmoid,
     require_positive,
     require_shape,
@@ -381,10 +380,13 @@ def aggregate_steps(rewards: Floats, offsets: Ints, how: StepAggregate = "last")
         return f64(np.minimum.reduceat(values, offsets[:-1], axis=0))
     if how != "product":
         raise ConfigError(f"steps are put together by {', '.join(STEP_AGGREGATES)}, not {how!r}")
-    against = np.add.reduceat(-log_sigmoid(values), offsets[:-1], axis=0)  # -ln P
-    # Beyond what f64 can tell from certainty, the weakest step says it.
-    certain = against == 0.0
-    return f64(np.where(certain, np.minimum.reduceat(values, offsets[:-1], axis=0), -against - log1mexp(-against)))
+    # ln((1 + a)(1 + b) - 1) = ln(a + b + ab), step by step, so that nothing cancels: a = e^-r are the odds against.
+    against = np.full((len(offsets) - 1, *values.shape[1:]), -np.inf)
+    for answer, (low, high) in enumerate(itertools.pairwise(np.asarray(offsets).tolist())):
+        for reward in values[low:high]:
+            both = against[answer] - reward
+            against[answer] = np.logaddexp(np.logaddexp(against[answer], -reward), both)
+    return -against
 
 
 def gain_and_bias(rewards: Floats, *, std: float = 1.0) -> tuple[float, float]:

@@ -45,7 +45,8 @@ def label_figures(
     ``accuracy`` and ``auc`` with their 95 % intervals (``accuracy_low``, ``accuracy_high``, and so on; the prompts are the unit), ``nll`` in nats
     a label (ln 2 without knowledge), ``ece`` (expected calibration error in 10 bins), and of the scores what
     :func:`~ingot.training.reward_figures.reward_figures` has. Of answers in steps ``first_error_accuracy``: the share of answers whose first wrong
-    step is the first that scores below 0, or that have none. What there are no labels for is left out.
+    step is the first that scores below 0, or that have none; and ``position_correlation`` for ``length_correlation``, since that steps which come
+    later are wrong more often is no fault. What there are no labels for is left out.
     """
     figures = _figures(scores, lengths, labels, in_steps)
     if len(criteria) > 1:
@@ -58,6 +59,8 @@ def label_figures(
 
 def _figures(scores: Floats, lengths: npt.NDArray[np.int64], labels: Labels, in_steps: bool) -> Metrics:
     figures = reward_figures(scores, lengths)
+    if in_steps and figures:
+        figures["position_correlation"] = figures.pop("length_correlation")
     if not len(labels):
         return figures
     own = f64(scores[labels.places, labels.criteria])

@@ -252,7 +252,7 @@ def _decide(
         cost,
         done,
         display,
-        kind="rankings",
+        kind="labels" if rankings.labelled else "rankings",
         data=f"{_told(rankings)}; {rankings.facts['split']}{heads}",
         shape=f"{config.per_device_train_batch_size} prompts in packs of up to {rankings.pack_length}",
         passes=(decisions.max_steps - done) / epoch,
