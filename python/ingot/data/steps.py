@@ -83,8 +83,7 @@ def with_step_ends(
         if text[start:at].strip():
             end = first + int(np.searchsorted(reached, after))
             ends += [end] if end not in ends[-1:] else []
-            start = after
-        at = text.find(mark, after)
+        start, at = after, text.find(mark, after)
     if ends and not text[start:].strip():
         ids = ids[: ends[-1] + 1]
     else:
