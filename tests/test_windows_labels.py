@@ -1,7 +1,8 @@
 """Windows of reward models that learn from labels: the rule is known, so a label that is not learnt is a fault.
 
 Letters are drawn from 8. A step of 4 letters is wrong where it has an "e", whatever the steps before it have; an answer of 8 letters is
-unwanted where it has an "e". MEASURED
+unwanted where it has an "e". Measured on the native core, seeds 0 to 2: accuracy and area under the curve 1.000 for both (majority .57 to .69);
+with shuffled labels areas of .477 to .538.
 """
 
 from __future__ import annotations
