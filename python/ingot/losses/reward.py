@@ -329,9 +329,8 @@ def rating_loss(rewards: Floats, ratings: Floats, *, num_ratings: float) -> tupl
 def label_loss(rewards: Floats, labels: Bools, *, num_labels: float) -> tuple[float, Float64, Metrics]:
     """Binary cross-entropy: L = -(1 / num_labels) sum ln s(r) where the label is true, ln s(-r) where it is false.
 
-    The reward is then the log odds of a true label, on a scale with a zero. For answers that were wanted or not (Cobbe et al. 2021), read
-    at their last token, and for the steps of an answer (process rewards; Uesato et al. 2022; Lightman et al. 2023), read at each
-    step's last token.
+    The reward is then the log odds of a true label, on a scale with a zero. For answers that were wanted or not, read at their last
+    token, and for the steps of an answer (process rewards; Uesato et al. 2022; Lightman et al. 2023), read at each step's last token.
 
     Parameters
     ----------
