@@ -30,6 +30,7 @@ from ingot.losses.reward import kwise_loss
 from ingot.models import Model
 from ingot.training import reward_model as phase
 from ingot.training.alarms import Alarms
+from ingot.training.progress import make_display
 from ingot.training.rankings import Judgement, Pairs, Ranked, pairs_of
 from ingot.training.reward_figures import (
     BagOfWords,
@@ -198,7 +199,7 @@ def prepared(place: Path, entries: list[dict[str, Any]], **changes: Any) -> Any:
     write_rows(place / "a.jsonl", entries)
     config = config_at(place, held_out=0.0, **changes)
     shape = phase._base_shape(config)
-    return phase.prepare_rankings(config, None, shape, None, phase.make_display(True))
+    return phase.prepare_rankings(config, None, shape, None, make_display(True))
 
 
 def test_all_that_is_said_about_a_prompt_is_one_group_and_never_split(place):
@@ -233,7 +234,7 @@ def test_the_whole_prompt_is_held_out(place):
     entries = [{"prompt": f"{n}?", "chosen": "a", "rejected": f"b{k}"} for n in range(40) for k in range(3)]
     write_rows(place / "a.jsonl", entries)
     config = config_at(place, held_out=0.3)
-    rankings = phase.prepare_rankings(config, None, phase._base_shape(config), None, phase.make_display(True))
+    rankings = phase.prepare_rankings(config, None, phase._base_shape(config), None, make_display(True))
     assert len(rankings.train) + len(rankings.held_out) == 40
     assert all(len(group) == 4 for side in (rankings.train, rankings.held_out) for group in side.examples.groups)
     assert not {row.asked() for row in rankings.train.examples.rows} & {
@@ -302,7 +303,7 @@ def test_a_run_learns_and_its_scores_are_normal(place, capsys):
     assert {"accuracy", "margin", "min_reward", "mean_reward", "max_reward"} <= set(last(result, "margin"))
     model = RewardModel.load(result.output, threads=1)
     assert model.criteria == ("helpful", "harmless")
-    rankings = phase.prepare_rankings(config, None, phase._base_shape(config), None, phase.make_display(True))
+    rankings = phase.prepare_rankings(config, None, phase._base_shape(config), None, make_display(True))
     scores = model.score_ids_each([each.ids for each in rankings.train.sequences])
     np.testing.assert_allclose(scores.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(scores.std(axis=0), 1, atol=1e-5)

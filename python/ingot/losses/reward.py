@@ -362,7 +362,7 @@ STEP_AGGREGATES: tuple[str, ...] = get_args(StepAggregate)
 def aggregate_steps(rewards: Floats, offsets: Ints, how: StepAggregate = "last") -> Float64:
     """The reward of each answer from those of its steps: f64 [S] or [S, k] from [E] or [E, k].
 
-    ``last``: that of the last step; ``min``: the lowest of all (with ``product`` in Lightman et al. 2023, appendix F); ``product``: the log
+    ``last``: that of the last step; ``min``: the lowest of all (like ``product`` after Lightman et al. 2023); ``product``: the log
     odds that all steps are right if each is independently, with p_i = s(r_i): ln P - ln(1 - P), P = prod p_i. All agree on an answer of one step.
 
     Parameters
