@@ -65,7 +65,7 @@ class Judgement:
     """Probability that the first is the better one (pairs alone)."""
     ratings: tuple[float, ...] | None = None
     """Of each; NaN where there is none."""
-    labels: tuple[bool, ...] | None = None
+    labels: tuple[bool, ...] | None = dataclasses.field(default=None, repr=False)
     """Of each: wanted or right. Then the row compares nothing."""
 
     def pairs(self, *, ties: bool = False) -> list[tuple[int, int, bool]]:
@@ -611,6 +611,9 @@ def _hash_of(ranked: Ranked) -> str:
     digest = hashlib.sha256(hash_of(ranked.examples).encode())
     for made in ranked.judgements:
         digest.update(repr(made).encode())
+        for judgement in made:
+            if judgement.labels is not None:
+                digest.update(repr(judgement.labels).encode())
     for sequence in ranked.sequences:
         if len(sequence.ends) != 1 or sequence.ends[0] != len(sequence) - 1:
             digest.update(repr(sequence.ends).encode())
