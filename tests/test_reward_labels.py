@@ -30,7 +30,7 @@ from ingot.training.label_figures import (
     nothing_compared,
     verdict_of_labels,
 )
-from ingot.training.progress import make_display
+from ingot.training.progress import SilentDisplay
 from ingot.training.rankings import Labels, labels_of
 from ingot.training.reward_figures import scored_lengths
 from ingot.training.verdicts import read_verdict
@@ -55,7 +55,7 @@ def config_at(place: Path, **changes: Any) -> RewardConfig:
 
 def prepared(place: Path, entries: list[dict[str, Any]], **changes: Any) -> Any:
     config = config_at(place, **{"held_out": 0.0, **changes})
-    return phase.prepare_rankings(config, None, phase._base_shape(config), entries, make_display(True))
+    return phase.prepare_rankings(config, None, phase._base_shape(config), entries, SilentDisplay())
 
 
 STEPS = [
