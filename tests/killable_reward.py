@@ -55,6 +55,20 @@ def rows(count: int = 60, criteria: tuple[str | None, ...] = (None,)) -> list[di
     return made
 
 
+def labelled_rows(
+    count: int, criteria: tuple[str | None, ...] = (None,), *, in_steps: bool = False
+) -> list[dict[str, Any]]:
+    """Words, or answers of one to three words as steps, each wanted where it begins with the letter a (of the second criterion: not)."""
+    made = []
+    for number, (criterion, wanted) in itertools.product(range(count), zip(criteria, (True, False), strict=False)):
+        words = [WORDS[(number * 5 + place) % len(WORDS)] for place in range(number % 3 + 1 if in_steps else 1)]
+        labels = [word.startswith("a") is wanted for word in words]
+        row: dict[str, Any] = {"prompt": [{"role": "user", "content": f"{number}?"}]}
+        row |= {"completions": words, "labels": labels} if in_steps else {"completion": words[0], "label": labels[0]}
+        made.append(row if criterion is None else {**row, "criterion": criterion})
+    return made
+
+
 def settings(folder: Path, **changes: Any) -> RewardConfig:
     """Two heads, ties, several packs a step, an end inside an epoch: everything that a resume could get wrong."""
     config = RewardConfig(

@@ -68,7 +68,7 @@ ASKED = f"{END}<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
         ({"prompt": "hello", "completion": "low", "label": False}, [f"{END}hello[low{END}]"]),
         ({"prompt": "hello", "responses": list("abc"), "ranks": [1, 2, 2]}, [f"{END}hello[{x}{END}]" for x in "abc"]),
         ({"prompt": [user("hello")], "responses": list("ab")}, [f"{ASKED}[{x}<|im_end|>]" for x in "ab"]),
-        ({"prompt": "2+2=", "completions": ["4", "5"], "labels": [True, False]}, [f"{END}2+2=[4\n5\n{END}]"]),
+        ({"prompt": "2+2=", "completions": ["4", "5"], "labels": [True, False]}, [f"{END}2+2=[4\n5\n]"]),
     ],
 )
 def test_each_kind_of_row_has_its_sequences(columns, expected):

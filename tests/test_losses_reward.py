@@ -22,13 +22,13 @@ from ingot.losses.reward import (
     expected_calibration_error,
     gain_and_bias,
     kwise_loss,
+    label_loss,
     length_correlation,
     pairwise_loss,
     plackett_luce_loss,
     rating_loss,
     rewards_at_ends,
     spread_to_ends,
-    step_loss,
 )
 from packs import gradients, leaf
 
@@ -262,7 +262,7 @@ def test_ratings_and_steps(seed, scale):
     assert loss == pytest.approx(float(expected.detach()))
     np.testing.assert_allclose(d_rewards, gradients(expected, r)[0], rtol=1e-12)
     expected = F.binary_cross_entropy_with_logits(r, torch.tensor(labels).double())
-    loss, d_rewards, metrics = step_loss(rewards, labels, num_steps=6)
+    loss, d_rewards, metrics = label_loss(rewards, labels, num_labels=6)
     assert loss == pytest.approx(float(expected.detach()), rel=1e-9, abs=1e-12)
     np.testing.assert_allclose(d_rewards, gradients(expected, r)[0], rtol=1e-8, atol=1e-12)
     assert metrics["accuracy"] == pytest.approx(((rewards > 0) == labels).mean())
@@ -271,7 +271,7 @@ def test_ratings_and_steps(seed, scale):
 def test_missing_ratings_and_broken_rewards_give_nothing():
     loss, d_rewards, metrics = rating_loss(np.array([1.0, 2.0, np.inf]), np.array([0.0, np.nan, 1.0]), num_ratings=2)
     assert (loss, d_rewards.tolist(), metrics["num_dropped"]) == (0.5, [1.0, 0.0, 0.0], 1.0)
-    loss, d_rewards, metrics = step_loss(np.array([0.0, np.nan]), np.array([True, False]), num_steps=1)
+    loss, d_rewards, metrics = label_loss(np.array([0.0, np.nan]), np.array([True, False]), num_labels=1)
     assert loss == pytest.approx(math.log(2))
     assert (d_rewards.tolist(), metrics["num_dropped"]) == ([-0.5, 0.0], 1.0)
 

@@ -251,10 +251,10 @@ def test_a_metric_that_nobody_expected_is_shown_plainly(tmp_path):
 
 def test_a_reward_model_stands_beside_its_baselines_and_bins(family):
     figures = {one["title"]: one for one in reporting.facts(family / "rm")["figures"]}
-    levels = {level["name"]: level["y"] for level in figures["Pairs ordered as people did"]["levels"]}
+    levels = {level["name"]: level["y"] for level in figures["Judged as people did"]["levels"]}
     assert levels == {"a coin": 0.5, "prefers the longer": 0.58, "people with each other": 0.76}
     assert {"helpful, held out", "harmless, held out"} <= {
-        one["name"] for one in figures["Pairs ordered as people did, by criterion"]["series"]
+        one["name"] for one in figures["Judged as people did, by criterion"]["series"]
     }
     last = [line for line in told.reward_lines() if "eval_loss" in line][-1]
     bars = figures["Right by difference of lengths"]["bars"]
@@ -308,7 +308,7 @@ def test_a_reward_model_shows_scores_beside_the_ranks_of_people(tmp_path):
         {"text": "bad", "facts": {"helpful": -1.0, "rank": 2}},
         {"text": "odd", "facts": {"helpful": 0.0}},
     ]
-    assert "the ranks that people gave" in page_of(tmp_path / "run").text
+    assert "or labels that people gave" in page_of(tmp_path / "run").text
 
 
 def test_what_was_answered_before_stands_beside_a_late_sample(tmp_path):

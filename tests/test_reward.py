@@ -689,7 +689,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             [{"prompt": "a", "completion": "b"}],
             {},
-            r"a\.jsonl, row 1: is of kind prompt-completion, which compares nothing",
+            r"a\.jsonl, row 1: is of kind prompt-completion, which judges nothing",
         ),
         ([{**PAIR, "rejected": "b"}], {}, r'a\.jsonl, row 1: field "rejected" equals field "chosen"'),
         ([{**RANKED, "ranks": [1]}], {}, r'a\.jsonl, row 1: field "ranks" has 1 entries, but field "responses" has 2'),

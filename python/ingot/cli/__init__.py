@@ -49,7 +49,9 @@ COMMANDS: dict[str, Entry] = {
     "sample": Entry("sample", "Sample", "several responses to each of many prompts, to be ranked or scored"),
     "label": Entry("label", "Label", "rank responses in the terminal, blind; every judgement is saved at once"),
     "agreement": Entry("agreement", "Agreement", "how far labellers agree, what sways them, what to label again"),
-    "reward": Entry("reward", "Reward", "train a model on rankings that scores answers as people would"),
+    "reward": Entry(
+        "reward", "Reward", "train a model on judgements that scores answers, or their steps, as people would"
+    ),
     "ppo": Entry("ppo", "PPO", "train a model on rewards of its own answers, with a critic"),
     "grpo": Entry("grpo", "GRPO", "train a model on rewards of its own answers, several to each prompt, no critic"),
     "dpo": Entry("dpo", "DPO", "train a model on preferences directly: DPO and its relatives, KTO, ORPO, SimPO"),

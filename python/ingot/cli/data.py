@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,7 +132,8 @@ class Show:
     """Show rows as the model sees them: every token, which are trained, and where a turn ends.
 
     Trained tokens are green, or between [[ and ]] where there is no colour; special tokens are bold. Look at this before you train: what is
-    green is what the model learns to write, and it has to end with the end of turn.
+    green is what the model learns to write, and it has to end with the end of turn. Of an answer in steps nothing is written: a reward model
+    learns to judge each step, at the token before the sign <right> or <wrong>.
     """
 
     file: Positional[str]
@@ -143,15 +144,19 @@ class Show:
     """Show this many."""
     start: int = 1
     """Begin at the row with this number."""
+    step_separator: str = "\n"
+    """What ends a step of an answer in steps, as for ingot reward: a new line unless given."""
     color: Literal["auto", "always", "never"] = "auto"
     """auto: where the output is a terminal."""
     json: bool = False
-    """Print ids, tokens and mask of each sequence as JSON lines."""
+    """Print ids, tokens and mask of each sequence as JSON lines, and of steps the numbers of the tokens that end them with their labels."""
 
     def run(self) -> int:
         """Print the rows; 1 if one of them cannot be used."""
-        from ingot.data.rows import RowError, scan
+        from ingot.data.rows import RowError, Stepwise, scan
 
+        if not self.step_separator:
+            raise ConfigError("--step-separator is empty: give the text that ends a step")
         if self.rows < 1 or self.start < 1:
             raise ConfigError("--rows and --start are at least 1")
         encoder, added = _encoder_of(self.tokenizer)
@@ -169,18 +174,19 @@ class Show:
             try:
                 if isinstance(row, RowError):
                     raise row
-                sequences = _sequences(row, encoder)
+                sequences = _sequences(row, encoder, self.step_separator)
             except RowError as error:
                 bad += 1
                 print(error if error.file else error.at(self.file, number), file=sys.stderr)
                 continue
+            labels = row.labels if isinstance(row, Stepwise) else ()
             for name, sequence in sequences:
                 if self.json:
-                    print(json.dumps(_sequence_facts(number, name, sequence, encoder), ensure_ascii=False))
+                    print(json.dumps(_sequence_facts(number, name, sequence, encoder, labels), ensure_ascii=False))
                 else:
-                    trained = int(sequence.mask.sum())
-                    print(f"--- row {number}, {name}: {_count(len(sequence), 'token')}, {trained:,} trained")
-                    painter.print(sequence)
+                    trained = f"{len(labels)} judged" if labels else f"{int(sequence.mask.sum()):,} trained"
+                    print(f"--- row {number}, {name}: {_count(len(sequence), 'token')}, {trained}")
+                    painter.print(sequence, dict(zip(sequence.ends, labels, strict=True)) if labels else {})
         if shown == 0:
             raise ConfigError(f"{self.file}: has no row {self.start}: give a smaller --start")
         return 1 if bad else 0
@@ -264,14 +270,14 @@ def _encoded_prompt(row: PromptOnly, encoder: ChatEncoder) -> Encoded:
     return Encoded(ids, np.zeros(len(ids), np.bool_))
 
 
-def _sequences(row: Row, encoder: ChatEncoder) -> list[tuple[str, Encoded]]:
+def _sequences(row: Row, encoder: ChatEncoder, step_separator: str) -> list[tuple[str, Encoded]]:
     """The sequences of a row with a name each."""
     from ingot.data.examples import encode_row
     from ingot.data.rows import Candidates, Preference, PromptOnly, RankedList, Stepwise, UnpairedPreference
 
     if isinstance(row, PromptOnly):
         return [("prompt (the model writes on from its end)", _encoded_prompt(row, encoder))]
-    sequences = encode_row(row, encoder)
+    sequences = encode_row(row, encoder, step_separator=step_separator)
     names = [row.kind]
     if isinstance(row, Preference):
         names = ["chosen", "rejected"]
@@ -286,14 +292,19 @@ def _sequences(row: Row, encoder: ChatEncoder) -> list[tuple[str, Encoded]]:
     return list(zip(names, sequences, strict=True))
 
 
-def _sequence_facts(number: int, name: str, sequence: Encoded, encoder: ChatEncoder) -> dict[str, Any]:
+def _sequence_facts(
+    number: int, name: str, sequence: Encoded, encoder: ChatEncoder, labels: Sequence[bool]
+) -> dict[str, Any]:
     ids = sequence.ids.tolist()
+    mask = sequence.mask & (not labels)
+    judged = {"ends": list(sequence.ends), "labels": list(labels)} if labels else {}
     return {
         "row": number,
         "sequence": name,
         "ids": ids,
         "tokens": [encoder.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in ids],
-        "trained": sequence.mask.astype(int).tolist(),
+        "trained": mask.astype(int).tolist(),
+        **judged,
     }
 
 
@@ -319,13 +330,13 @@ class _Painter:
         self._encoder = encoder
         self._special = set(encoder.tokenizer.special_tokens.values())
 
-    def print(self, sequence: Encoded) -> None:
-        """One sequence."""
+    def print(self, sequence: Encoded, judged: Mapping[int, bool]) -> None:
+        """One sequence; ``judged`` are the labels of the tokens at which it is judged and not written."""
         from rich.text import Text
 
         text = Text()
         trained_before = False
-        for index, (piece, trained, special) in enumerate(self._pieces(sequence)):
+        for index, (piece, trained, special, label) in enumerate(self._pieces(sequence, judged)):
             if self.coloured:
                 shade = ("bright_green", "green") if trained else ("bright_black", "white")
                 text.append(piece, style=("bold " if special else "") + shade[index % 2])
@@ -334,20 +345,30 @@ class _Painter:
                 # After a new line the division is seen anyway.
                 text.append("" if edge == "|" and text.plain.endswith("\n") else edge)
                 text.append(piece)
+            if label is not None:
+                sign = " <right>" if label else " <wrong>"
+                text.rstrip_end(len(text.plain.rstrip("\n")))
+                text.append(sign + "\n", style="bold " + ("green" if label else "red"))
             trained_before = trained
         if trained_before and not self.coloured:
             text.append("]]")
+        if judged:
+            text.rstrip()
         self._console.print(text)
 
-    def _pieces(self, sequence: Encoded) -> Iterator[tuple[str, bool, bool]]:
-        """Text, trained and special of each token; tokens that share a character are one piece with their number."""
+    def _pieces(self, sequence: Encoded, judged: Mapping[int, bool]) -> Iterator[tuple[str, bool, bool, bool | None]]:
+        """Text, trained, special and label of each token; tokens that share a character are one piece with their number."""
         held, count = b"", 0
-        tokens = list(zip(sequence.ids.tolist(), sequence.mask.tolist(), strict=True))
+        tokens = [
+            (token, trained and not judged)
+            for token, trained in zip(sequence.ids.tolist(), sequence.mask.tolist(), strict=True)
+        ]
         for index, (token, trained) in enumerate(tokens):
             held, count = held + self._encoder.tokenizer.token_bytes(token), count + 1
             last = index + 1 == len(tokens) or tokens[index + 1][0] in self._special or tokens[index + 1][1] != trained
-            if last or not _ends_inside_a_character(held):
-                yield _visible(held) + (f"\u00d7{count}" if count > 1 else ""), trained, token in self._special
+            if last or index in judged or not _ends_inside_a_character(held):
+                piece = _visible(held) + (f"\u00d7{count}" if count > 1 else "")
+                yield piece, trained, token in self._special, judged.get(index)
                 held, count = b"", 0
 
 
@@ -411,12 +432,15 @@ def _count(number: int, noun: str) -> str:
 
 
 def _characters(row: Row) -> int:
-    """Characters of the prompt and the longest answer."""
+    """Characters of the prompt and the longest answer, or all steps of it."""
+    from ingot.data.rows import Stepwise
 
     def size(part: Any) -> int:
         return sum(len(message["content"]) for message in part) if isinstance(part, list) else len(part or "")
 
     parts = row.parts()
+    if isinstance(row, Stepwise):
+        return sum(map(size, parts))
     return size(parts[0]) + max(map(size, parts[1:]), default=0)
 
 

@@ -16,10 +16,11 @@ _GROUPS = (LENGTHS,)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reward(RewardConfig):
-    """Train a model on rankings that scores answers as people would.
+    """Train a model on judgements that scores answers, or their steps, as people would.
 
-    It ends with a verdict on held-out pairs, beside what people agree on and what rules without a network get. Settings come from --config, then
-    the flags over it; the result is saved with the run before anything slow starts. Ctrl-C saves and prints the line that resumes.
+    It learns from rows of one sort: ranked lists and pairs (prompt, chosen, rejected); answers that were wanted or not (prompt, completion, label); or
+    answers in steps (prompt, completions, labels), for a process reward model. It ends with a verdict on held-out prompts, beside what
+    rules without a network get. Settings come from --config, then the flags over it; the result is saved with the run before anything slow starts. Ctrl-C saves and prints the line that resumes.
     """
 
     config: str | None = None
@@ -62,7 +63,9 @@ class Reward(RewardConfig):
             if not self.model:
                 raise ConfigError("no model to start from: give --model with the folder of one that answers")
             if not self.data:
-                raise ConfigError("no judgements to learn from: give --data with files of ranked lists or pairs")
+                raise ConfigError(
+                    "no judgements to learn from: give --data with files of ranked lists, pairs, or answers with labels"
+                )
             result = phase.train_reward_model(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
             last = [line for line in result.history if "loss" in line]

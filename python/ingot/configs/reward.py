@@ -17,21 +17,26 @@ class RewardConfig(LoraConfig, TrainingConfig):
     model: str = ""
     """Start from this model: a folder with config.json and model.safetensors, such as a run of ingot sft."""
     data: tuple[str, ...] = ()
-    """Judgements: files of ranked lists (of ingot label; those that count), or of rows with prompt, chosen and rejected, optionally
-    with "margin", "weight", "soft_label" (probability that the chosen one is better), "criterion" (.jsonl, .json, each also as .gz or
-    .zst; .parquet)."""
+    """Judgements, of one sort: ranked lists (of ingot label; those that count) and rows with prompt, chosen and rejected, optionally with
+    "margin", "weight", "soft_label" (probability that the chosen one is better); or rows with prompt, completion and label (true: wanted);
+    or with prompt, completions (the steps of one answer) and labels (true: right), for a process reward model. Each optionally with
+    "criterion". Files .jsonl, .json, each also as .gz or .zst; .parquet."""
     output: str = "runs/reward"
     """The run's folder: model, tokenizer, chat template, checkpoints, metrics, curves and verdict."""
     criteria: tuple[str, ...] = ()
     """A head for each of these criteria, in this order; judgements about others are left out. Those of the data unless given; one
     head for judgements that name none."""
     loss_type: Literal["pairwise", "plackett_luce", "best_of", "rating"] = "pairwise"
-    """pairwise: all pairs of a ranking, each prompt's in one step (InstructGPT); plackett_luce: the whole ranking at once; best_of: the
+    """Of comparisons; labels are always learnt by binary cross-entropy. pairwise: all pairs of a ranking, each prompt's in one step (InstructGPT); plackett_luce: the whole ranking at once; best_of: the
     one that was picked; rating: squared error to the ratings of ranked lists, scaled to mean 0 and standard deviation 1."""
     ties: Literal["drop", "half"] = "drop"
     """What two responses of one rank teach: nothing, or that either is better with probability 0.5 (pairwise only)."""
     center_rewards_coefficient: float = 0.0
     """Pulls the sum of a pair's rewards to 0; 0.01 keeps them near it (pairwise only)."""
+    step_separator: str = "\n"
+    """What ends a step of an answer in steps: a new line unless given. The step is judged at its last token."""
+    train_on_last_step_only: bool = False
+    """Of an answer in steps, learn the last label alone; all are still measured on what is held out."""
     head_init: Literal["normal", "zero"] = "normal"
     """New heads: normal with variance 1 / (hidden_size + 1), or zeros."""
     held_out: float = 0.1
@@ -62,6 +67,7 @@ class RewardConfig(LoraConfig, TrainingConfig):
             require(value is None or value >= 2, f"{name} must be at least 2, got {value}")
         require(len(set(self.criteria)) == len(self.criteria), "criteria names one twice: name each once")
         require(all(self.criteria), "criteria holds an empty name: leave it out")
+        require(bool(self.step_separator), "step_separator is empty: give the text that ends a step")
         require(
             self.center_rewards_coefficient >= 0,
             f"center_rewards_coefficient must be 0 or more, got {self.center_rewards_coefficient}",

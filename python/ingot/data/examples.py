@@ -38,16 +38,14 @@ from ingot.data.rows import (
     read_rows,
 )
 from ingot.data.split import split_side
+from ingot.data.steps import STEP_SEPARATOR, encode_steps
 from ingot.errors import DataError
-
-_STEP_END = "\n"
-
 
 # ---- rows to ids
 
 
-def encode_row(row: Row, encoder: ChatEncoder) -> list[Encoded]:
-    """The sequences of a row: one, or chosen and rejected, or one for each response.
+def encode_row(row: Row, encoder: ChatEncoder, *, step_separator: str = STEP_SEPARATOR) -> list[Encoded]:
+    """The sequences of a row: one, or chosen and rejected, or one for each response. ``step_separator`` ends each step of an answer in steps.
 
     Raises
     ------
@@ -55,14 +53,14 @@ def encode_row(row: Row, encoder: ChatEncoder) -> list[Encoded]:
         The template cannot write this row, or it holds nothing to train.
     """
     try:
-        return _encode_row(row, encoder)
+        return _encode_row(row, encoder, step_separator)
     except RowError:
         raise
     except DataError as error:
         raise RowError(f"cannot be encoded: {error}", "change the row or remove it", row=row.number) from None
 
 
-def _encode_row(row: Row, encoder: ChatEncoder) -> list[Encoded]:
+def _encode_row(row: Row, encoder: ChatEncoder, step_separator: str) -> list[Encoded]:
     match row:
         case LanguageModelling(content=str(text)):
             return [encoder.encode_text(text)]
@@ -81,7 +79,7 @@ def _encode_row(row: Row, encoder: ChatEncoder) -> list[Encoded]:
         case Candidates() | RankedList():
             return [_answered(row.prompt, response, encoder) for response in row.responses]
         case Stepwise():
-            return [_in_steps(row, encoder)]
+            return [encode_steps(row.prompt, row.completions, encoder, step_separator)]
     raise RowError(f"is {row.kind}: it holds no answer", "give rows with answers", row=row.number)
 
 
@@ -91,15 +89,6 @@ def _answered(prompt: Content, answer: Content, encoder: ChatEncoder) -> Encoded
     assert isinstance(prompt, list)
     assert isinstance(answer, list)
     return encoder.encode([*prompt, *answer], first_trained=len(prompt))
-
-
-def _in_steps(row: Stepwise, encoder: ChatEncoder) -> Encoded:
-    """The steps one after the other, each with a new line, and where each ends."""
-    steps = [encoder.tokenizer.encode_ordinary(step + _STEP_END) for step in row.completions]
-    whole = encoder.encode_text(list(itertools.chain(*steps)), row.prompt)
-    lengths = [len(step) for step in steps]
-    first = len(whole) - 1 - sum(lengths)
-    return dataclasses.replace(whole, ends=tuple(first + end - 1 for end in itertools.accumulate(lengths)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +181,11 @@ def load_examples(
     kinds: Sequence[type[Row]] | None = None,
     *,
     max_length: int,
+    step_separator: str = STEP_SEPARATOR,
     cache: RowCache | None = None,
     work: Callable[[str, int, int], object] = lambda what, done, total: None,
 ) -> Examples:
-    """Read and encode rows of these kinds; see :func:`ingot.data.rows.read_rows`. Of ranked lists, the judgements that count.
+    """Read and encode rows of these kinds; see :func:`ingot.data.rows.read_rows` and :func:`encode_row`. Of ranked lists, the judgements that count.
 
     Parameters
     ----------
@@ -214,9 +204,10 @@ def load_examples(
     rows = list(read_rows(source, kinds, functools.partial(work, "reading rows")))
     groups = encode_rows(
         rows,
-        lambda row: encode_row(row, encoder),
+        lambda row: encode_row(row, encoder, step_separator=step_separator),
         tokenizer_hash=encoder.tokenizer.hash,
         template_hash=encoder.template.hash,
+        settings={"step_separator": step_separator} if any(isinstance(row, Stepwise) for row in rows) else None,
         cache=cache,
         progress=functools.partial(work, "tokenizing rows"),
     )

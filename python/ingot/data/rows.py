@@ -7,7 +7,7 @@
 | prompt-completion | ``prompt``, ``completion``; ``question``, ``answer`` are read as a user's and the assistant's message |
 | preference | ``chosen``, ``rejected``; ``prompt`` unless both begin with it; optional ``margin``, ``weight``, ``group_id``; reward models also read ``soft_label``, ``criterion``, ``annotator`` |
 | unpaired preference | ``prompt``, ``completion``, ``label`` (true: wanted) |
-| stepwise supervision | ``prompt``, ``completions`` (steps), ``labels`` (true: right) |
+| stepwise supervision | ``prompt``, ``completions`` (the steps of one answer, texts), ``labels`` (true: right) |
 | ranked list | ``prompt``, ``responses`` (two or more), ``ranks`` (1 best, equal: tie); optional ``group_id``, ``annotator``, ``criterion``; judgements of ``ingot label`` also ``id``, ``status``, ``revises`` |
 | candidates | ``prompt``, ``responses``: a ranked list that nobody ranked yet |
 
@@ -201,10 +201,10 @@ class UnpairedPreference(Row):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stepwise(Row):
-    """An answer in steps, each right or wrong. Plain text."""
+    """An answer in steps, each right or wrong. The steps are texts; after messages they are the assistant's message."""
 
     kind = "stepwise supervision"
-    prompt: str
+    prompt: Content
     completions: list[str]
     labels: list[bool]
 
@@ -635,7 +635,7 @@ def _unpaired(columns: dict[str, Any], number: int) -> Row:
 
 
 def _stepwise(columns: dict[str, Any], number: int) -> Row:
-    prompt = _filled_text(columns, "prompt")
+    prompt = _prompt(columns)
     steps = _list(columns, "completions")
     texts = {f"completions[{index}]": step for index, step in enumerate(steps)}
     labels = _list(columns, "labels")

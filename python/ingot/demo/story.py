@@ -79,7 +79,7 @@ STAGES: Mapping[str, Stage] = {
         "contradict the others and average out.",
         "By pairs that were kept out and judged without noise: how often does the better story score higher? A coin gets 50 %, and so must a "
         "rule that looks at length alone.",
-        ("Pairs ordered as people did",),
+        ("Judged as people did",),
     ),
     "best_of_n": Stage(
         "Is the score worth following?",

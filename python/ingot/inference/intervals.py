@@ -108,6 +108,44 @@ def share_of(hits: npt.ArrayLike, clusters: npt.ArrayLike, weights: npt.ArrayLik
     return Share(value, low, high, len(h), num)
 
 
+def area_under_curve(scores: npt.ArrayLike, labels: npt.ArrayLike, clusters: npt.ArrayLike) -> Share:
+    """How often a case that is true scores above one that is false, half for equal scores: the area under the ROC curve.
+
+    0.5 is what scores without knowledge get, whatever share of the cases is true.
+
+    Parameters
+    ----------
+    scores, labels, clusters
+        Of each case, [n]; clusters are numbers of prompts.
+
+    Returns
+    -------
+    Share
+        Wilson's interval of the number of independent cases that has the same variance, which is that of the two-sample U statistic with
+        the prompts as what was drawn (DeLong, DeLong and Clarke-Pearson 1988; in clusters Obuchowski 1997); at most as many as the rarer label has.
+        NaN where all cases have one label.
+    """
+    s, true = f64(scores), np.asarray(labels, np.bool_)
+    _, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    num, rarer = int(owner.max(initial=-1)) + 1, int(min(true.sum(), (~true).sum()))
+    if rarer == 0:
+        return Share(math.nan, math.nan, math.nan, 0, 0)
+    # Of each case: the share of the other label's cases that it is on the right side of.
+    placed = np.empty(len(s))
+    for mine, sign in ((true, 1.0), (~true, -1.0)):
+        others = np.sort(sign * s[~mine])
+        below = np.searchsorted(others, sign * s[mine], "left") + np.searchsorted(others, sign * s[mine], "right")
+        placed[mine] = below / (2 * len(others))
+    value = float(placed[true].mean())
+    residuals = np.bincount(owner, (placed - value) / np.where(true, true.sum(), (~true).sum()))
+    variance = num / (num - 1) * float(residuals @ residuals) if num > 1 else math.inf
+    spread = value * (1 - value)
+    size = float(rarer)
+    if 0.0 < variance < math.inf and spread > 0.0:
+        size = min(size, spread / variance)
+    return Share(value, *wilson(value, size), len(s), num)
+
+
 def wilson(value: float, size: float) -> tuple[float, float]:
     """Wilson's interval (1927) of a share of ``size`` independent cases."""
     scale = 1 + Z_95**2 / size

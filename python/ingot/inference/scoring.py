@@ -3,7 +3,10 @@
 A response's score is ``gain * value + bias`` of the scalar head at its last token, which is the end of its turn: where a response was
 cut off without one, the end is put behind it. Each criterion that the model was trained on (helpful, harmless) has a head of its own.
 
-Shape legend: n responses, k criteria, N tokens of a packed batch, S sequences.
+A process reward model scores each step of a response at the step's last token, which is that of its separator; the score of the whole
+is made of these (:func:`ingot.losses.reward.aggregate_steps`).
+
+Shape legend: n responses, k criteria, N tokens of a packed batch, S sequences, E ends (places where one is scored), T steps of a response.
 """
 
 from __future__ import annotations
@@ -11,16 +14,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from ingot.data.chat import ChatEncoder, ChatTemplate
+from ingot.data.chat import ChatEncoder, ChatTemplate, Encoded
+from ingot.data.examples import assemble_pack
 from ingot.data.rows import Content, Message
+from ingot.data.steps import encode_steps, split_steps, with_step_ends
 from ingot.errors import ConfigError, DataError
 from ingot.losses.numerics import Float64, f64
-from ingot.losses.reward import end_rows, rewards_at_ends
+from ingot.losses.reward import STEP_AGGREGATES, StepAggregate, aggregate_steps
 from ingot.models import load_model
 from ingot.models.adapters import write_adapter
 from ingot.models.base import FloatArray, IntArray, LongArray
@@ -61,6 +66,10 @@ class RewardModel:
         What each criterion counts in :meth:`score`; those that are not named count 0. The mean of all unless given.
     name
         For messages to people and as the name of a reward.
+    step_separator
+        Of a process reward model: ends each step.
+    step_aggregate
+        How the score of a whole response is made of those of its steps.
 
     Raises
     ------
@@ -78,6 +87,8 @@ class RewardModel:
         bias: npt.ArrayLike | None = None,
         weights: Mapping[str, float] | None = None,
         name: str = "the reward model",
+        step_separator: str | None = None,
+        step_aggregate: StepAggregate = "last",
     ) -> None:
         if model.num_values != len(criteria):
             raise ValueError(f"the model has {model.num_values} scalar heads, but {len(criteria)} criteria are named")
@@ -85,16 +96,26 @@ class RewardModel:
         self.encoder = encoder
         self.criteria = tuple(criteria)
         self.name = self.__name__ = name
+        self.step_separator = step_separator
+        self.step_aggregate = step_aggregate
         self.gain = np.ones(len(self.criteria)) if gain is None else f64(gain)
         self.bias = np.zeros(len(self.criteria)) if bias is None else f64(bias)
         self.weights = self._weights(weights)
         """What each criterion counts in :meth:`score`, f64 [k]."""
 
     @classmethod
-    def load(cls, folder: str | Path, *, weights: Mapping[str, float] | None = None, **place: Any) -> RewardModel:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        weights: Mapping[str, float] | None = None,
+        step_aggregate: StepAggregate = "last",
+        **place: Any,
+    ) -> RewardModel:
         """The reward model in a folder; ``FOLDER:CRITERION`` is one with that criterion's head alone counting.
 
-        ``place`` are ``backend``, ``device``, ``threads``, ``level`` and ``precision`` of :func:`ingot.load_model`.
+        Of a process reward model ``FOLDER:last``, ``FOLDER:min`` and ``FOLDER:product`` say how steps are put together, as ``step_aggregate``
+        does. ``place`` are ``backend``, ``device``, ``threads``, ``level`` and ``precision`` of :func:`ingot.load_model`.
 
         Raises
         ------
@@ -113,6 +134,10 @@ class RewardModel:
             raise ConfigError(
                 f"{path}: holds a model that writes, not one that scores: give the folder of a reward model (ingot reward makes one)"
             )
+        if saved.step_separator is not None and criterion in STEP_AGGREGATES and criterion not in saved.labels:
+            step_aggregate, suffix, criterion = cast("StepAggregate", criterion), f":{criterion}", None
+        else:
+            suffix = f":{criterion}" if criterion else ""
         if criterion is not None:
             if weights is not None:
                 raise ConfigError(f"{folder}: names a criterion, and weights are given too: give one of them")
@@ -129,7 +154,9 @@ class RewardModel:
             encoder,
             saved.labels,
             weights=weights,
-            name=Path(path).resolve().name + (f":{criterion}" if criterion else ""),
+            name=Path(path).resolve().name + suffix,
+            step_separator=saved.step_separator,
+            step_aggregate=step_aggregate,
         )
 
     @property
@@ -176,46 +203,84 @@ class RewardModel:
         """The same for each criterion, f64 [n, k]."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(completions)} completions for {len(prompts)} prompts")
-        return self.score_ids_each(
-            [self._ids(*each, n) for n, each in enumerate(zip(prompts, completions, strict=True))], progress
-        )
+        return self._scores(self._encoded_all(prompts, completions), progress)
+
+    def score_steps(
+        self,
+        prompts: Sequence[Content],
+        completions: Sequence[Content | Sequence[str]],
+        progress: Progress | None = None,
+    ) -> list[Float64]:
+        """Scores of the steps of each completion, f64 [T] each: the log odds that a step is right, as a process reward model learnt them.
+
+        Parameters
+        ----------
+        prompts
+            Text or messages.
+        completions
+            The steps, as a list of texts; or as :meth:`score` takes them, to be divided at the separator. T is what :func:`ingot.data.steps.split_steps`
+            finds, at least 1.
+
+        Raises
+        ------
+        ConfigError
+            The model scores whole responses.
+        DataError
+            As :meth:`score`.
+        """
+        if self.step_separator is None:
+            raise ConfigError(
+                f"{self.name}: scores whole responses, not steps: train one on rows with steps and labels"
+            )
+        encoded = self._encoded_all(prompts, completions)
+        ends = np.cumsum([len(each.ends) for each in encoded])[:-1]
+        return [f64(each) for each in np.split(self.score_ends_each(encoded, progress) @ self.weights, ends)]
 
     def __call__(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[float | None]:
         """As a reward function, with nothing to say about what is longer than the model's context."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(completions)} completions for {len(prompts)} prompts")
-        fitting: dict[int, IntArray] = {}
+        fitting: dict[int, Encoded] = {}
         for number, each in enumerate(zip(prompts, completions, strict=True)):
             with contextlib.suppress(_TooLongError):
-                fitting[number] = self._ids(*each, number)
-        scores = self.score_ids_each(list(fitting.values())) @ self.weights
+                fitting[number] = self._encoded(*each, number)
+        scores = self._scores(list(fitting.values())) @ self.weights
         said = dict(zip(fitting, scores.tolist(), strict=True))
         return [said.get(number) for number in range(len(prompts))]
 
-    def _ids(self, prompt: Content, completion: Content, number: int) -> IntArray:
+    def _encoded_all(self, prompts: Sequence[Content], completions: Sequence[Content | Sequence[str]]) -> list[Encoded]:
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(completions)} completions for {len(prompts)} prompts")
+        return [self._encoded(*each, n) for n, each in enumerate(zip(prompts, completions, strict=True))]
+
+    def _encoded(self, prompt: Content, completion: Content | Sequence[str], number: int) -> Encoded:
         try:
-            if isinstance(prompt, str):
-                if not isinstance(completion, str):
-                    raise DataError("the completion is a list of messages, but the prompt is text")
-                return self._fitting(self.encoder.encode_text(completion, prompt).ids)
-            answer: list[Message] = (
-                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-            )
-            return self._fitting(self.encoder.encode([*prompt, *answer], first_trained=len(prompt)).ids)
+            return self._fitting(self._unchecked(prompt, completion))
         except DataError as error:
             kind = _TooLongError if isinstance(error, _TooLongError) else DataError
             raise kind(f"{self.name}: response {number} cannot be scored: {error}") from None
 
-    def _fitting(self, ids: IntArray) -> IntArray:
+    def _unchecked(self, prompt: Content, completion: Content | Sequence[str]) -> Encoded:
+        if self.step_separator is not None:
+            prompt, steps = _in_steps(prompt, completion, self.step_separator)
+            return encode_steps(prompt, steps, self.encoder, self.step_separator)
+        if isinstance(prompt, str):
+            if not isinstance(completion, str):
+                raise DataError("the completion is a list of messages, but the prompt is text")
+            return self.encoder.encode_text(completion, prompt)
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        return self.encoder.encode([*prompt, *cast("list[Message]", answer)], first_trained=len(prompt))
+
+    def _fitting(self, sequence: Encoded) -> Encoded:
         context = self.model.config.max_position_embeddings
-        if len(ids) == context + 1:
+        if len(sequence) == context + 1 and self.step_separator is None:
             # As score_tokens has it: a response that fills the context ends in its last place.
-            return np.append(ids[: context - 1], ids[-1])
-        if len(ids) > context:
+            return _ended(np.append(sequence.ids[: context - 1], sequence.ids[-1]))
+        if len(sequence) > context:
             raise _TooLongError(
-                f"it has {len(ids)} tokens with its prompt, and the model's context is {context}: shorten it or leave it out"
+                f"it has {len(sequence)} tokens with its prompt, and the model's context is {context}: shorten it or leave it out"
             )
-        return ids
+        return sequence
 
     # ---- tokens
 
@@ -238,7 +303,14 @@ class RewardModel:
                 f"{self.name}: its chat template is not that of {source}: train a reward model from {source} (ingot reward --model {source})"
             )
 
-    def score_tokens(self, tokens: IntArray, offsets: LongArray, *, end_id: int | None = None) -> Float64:
+    def score_tokens(
+        self,
+        tokens: IntArray,
+        offsets: LongArray,
+        *,
+        end_id: int | None = None,
+        prompt_lengths: LongArray | None = None,
+    ) -> Float64:
         """Score of each sequence of a packed batch, prompt and response, f64 [S]: what :meth:`score` gives for the same text.
 
         Parameters
@@ -248,19 +320,32 @@ class RewardModel:
             :class:`ingot.training.rollouts.Rollouts`.
         end_id
             Put behind a sequence whose last token ends nothing; the end of a turn unless given. For plain text it is
-            ``encoder.text_end_id``. Where such a sequence already fills the model's context, it takes its last token's place.
+            ``encoder.text_end_id``. Where such a sequence already fills the model's context, it takes its last token's place. A process
+            reward model reads no end: an answer without a separator behind its last step gets one there.
+        prompt_lengths
+            Tokens of each prompt, i64 [S]: what a process reward model finds the steps by; others do without. Only where the last step
+            is what counts may they be left out.
 
         Raises
         ------
         DataError
             A sequence is empty, or longer than the model's context.
         """
-        return self.score_tokens_each(tokens, offsets, end_id=end_id) @ self.weights
+        return self.score_tokens_each(tokens, offsets, end_id=end_id, prompt_lengths=prompt_lengths) @ self.weights
 
-    def score_tokens_each(self, tokens: IntArray, offsets: LongArray, *, end_id: int | None = None) -> Float64:
+    def score_tokens_each(
+        self,
+        tokens: IntArray,
+        offsets: LongArray,
+        *,
+        end_id: int | None = None,
+        prompt_lengths: LongArray | None = None,
+    ) -> Float64:
         """The same for each criterion, f64 [S, k]."""
         end = self.encoder.end_of_turn_id if end_id is None else end_id
         context = self.model.config.max_position_embeddings
+        if self.step_separator is not None and prompt_lengths is None and self.step_aggregate != "last":
+            raise ValueError(f"steps are put together by {self.step_aggregate}: give prompt_lengths")
         sequences = []
         for number, (low, high) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
             ids = tokens[low:high]
@@ -268,26 +353,51 @@ class RewardModel:
                 raise DataError(
                     f"{self.name}: sequence {number} has {len(ids)} tokens; a score needs 1 to {context} of them"
                 )
-            if int(ids[-1]) not in self.encoder.end_ids:
+            ended = int(ids[-1]) in self.encoder.end_ids
+            if self.step_separator is not None:
+                first = 0 if prompt_lengths is None else int(prompt_lengths[number])
+                ids = ids[:-1] if ended else ids
+                sequences.append(
+                    with_step_ends(ids, first, self.encoder.tokenizer, self.step_separator, max_length=context)
+                )
+                continue
+            if not ended:
                 ids = np.append(ids[: context - 1], np.int32(end))
-            sequences.append(np.asarray(ids, np.int32))
-        return self.score_ids_each(sequences)
+            sequences.append(_ended(np.asarray(ids, np.int32)))
+        return self._scores(sequences)
 
     def score_ids_each(self, sequences: Sequence[IntArray], progress: Progress | None = None) -> Float64:
         """The heads' scores at the last token of each of these sequences as they are, f64 [n, k]."""
-        scores = np.empty((len(sequences), len(self.criteria)))
+        return self.score_ends_each([_ended(each) for each in sequences], progress)
+
+    def score_ends_each(self, sequences: Sequence[Encoded], progress: Progress | None = None) -> Float64:
+        """The heads' scores at every end of these sequences, in their order, f64 [E, k]."""
+        scores = [np.empty((0, len(self.criteria)))]
         for first, last in _packs([len(each) for each in sequences]):
-            scores[first:last] = head_values(self.model, sequences[first:last])
+            scores.append(end_values(self.model, sequences[first:last]))
             if progress is not None:
                 progress(last, len(sequences))
-        return self.gain * scores + self.bias
+        return self.gain * np.concatenate(scores) + self.bias
+
+    def _scores(self, sequences: Sequence[Encoded], progress: Progress | None = None) -> Float64:
+        """Of whole responses, f64 [n, k]."""
+        scores = self.score_ends_each(sequences, progress)
+        offsets = np.concatenate([[0], np.cumsum([len(each.ends) for each in sequences], dtype=np.int64)])
+        return aggregate_steps(scores, offsets, self.step_aggregate)
 
     # ---- files
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` as transformers' ``*ForSequenceClassification``, gain and bias folded in."""
         state = self._scaled(self.model.merged_state())
-        write_scorer(folder, self.model.config, state, labels=self.criteria, pad_token_id=self.encoder.pad_token_id)
+        write_scorer(
+            folder,
+            self.model.config,
+            state,
+            labels=self.criteria,
+            pad_token_id=self.encoder.pad_token_id,
+            step_separator=self.step_separator,
+        )
 
     @property
     def active_adapter(self) -> str | None:
@@ -306,20 +416,37 @@ class RewardModel:
         return state | {"score.weight": weight, "score.bias": bias}
 
 
-def head_values(model: Model, sequences: Sequence[IntArray]) -> Float64:
-    """Values of the scalar heads at the last token of each sequence, f64 [n, k], in one pass."""
-    offsets = np.concatenate([[0], np.cumsum([len(each) for each in sequences], dtype=np.int64)]).astype(np.int64)
-    rows = np.zeros(int(offsets[-1]), np.bool_)
-    rows[end_rows(offsets)] = True
+def end_values(model: Model, sequences: Sequence[Encoded]) -> Float64:
+    """Values of the scalar heads at every end of these sequences, f64 [E, k], in one pass."""
+    pack = assemble_pack([[each] for each in sequences])
     _, out = model.forward(
-        np.concatenate(sequences),
-        offsets,
-        np.full(len(rows), -1, np.int32),
+        pack.tokens,
+        pack.offsets,
+        np.full(len(pack.tokens), -1, np.int32),
         want=("values",),
-        value_rows=rows,
+        value_rows=pack.value_rows,
         train=False,
     )
-    return rewards_at_ends(out.values, offsets).reshape(len(sequences), -1)
+    return f64(out.values[pack.value_rows]).reshape(-1, model.num_values)
+
+
+def _ended(ids: IntArray) -> Encoded:
+    """A sequence that is scored at its last token."""
+    return Encoded(ids, np.ones(len(ids), np.bool_), (len(ids) - 1,))
+
+
+def _in_steps(prompt: Content, completion: Content | Sequence[str], separator: str) -> tuple[Content, Sequence[str]]:
+    """A prompt with all but the last message of an answer, and the steps of that."""
+    if isinstance(completion, str):
+        return prompt, split_steps(completion, separator)
+    if all(isinstance(each, str) for each in completion):
+        if not completion:
+            raise DataError("it has no step")
+        return prompt, cast("Sequence[str]", completion)
+    if isinstance(prompt, str):
+        raise DataError("the completion is a list of messages, but the prompt is text")
+    messages = cast("list[Message]", completion)
+    return [*prompt, *messages[:-1]], split_steps(messages[-1]["content"], separator)
 
 
 def is_reward_folder(name: str) -> bool:

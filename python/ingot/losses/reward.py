@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -325,20 +326,66 @@ def rating_loss(rewards: Floats, ratings: Floats, *, num_ratings: float) -> tupl
     )
 
 
-def step_loss(rewards: Floats, labels: Bools, *, num_steps: float) -> tuple[float, Float64, Metrics]:
-    """Process rewards: L = mean -ln s(+-r) over reasoning steps labelled right or wrong (Lightman et al. 2023).
+def label_loss(rewards: Floats, labels: Bools, *, num_labels: float) -> tuple[float, Float64, Metrics]:
+    """Binary cross-entropy: L = -(1 / num_labels) sum ln s(r) where the label is true, ln s(-r) where it is false.
 
-    ``rewards`` [M] are read at each step's last token. Returns loss, d_rewards f64 [M], metrics with ``accuracy``.
+    The reward is then the log odds of a true label, on a scale with a zero. For answers that were wanted or not, read at their last
+    token, and for the steps of an answer (process rewards; Uesato et al. 2022; Lightman et al. 2023), read at each step's last token.
+
+    Parameters
+    ----------
+    rewards, labels
+        [M], [M].
+    num_labels
+        Labels of the whole step.
+
+    Returns
+    -------
+    loss, d_rewards, metrics
+        f64; f64 [M]; ``accuracy`` (share of rewards on the side of 0 that their label says; 0 itself is on neither) and the spread of rewards.
     """
-    require_positive(num_steps=num_steps)
+    require_positive(num_labels=num_labels)
     require_shape(np.shape(rewards), labels=labels)
     finite = np.isfinite(rewards)
     scores, sign = np.where(finite, f64(rewards), 0.0), np.where(labels, 1.0, -1.0)
-    loss = -float(log_sigmoid(sign * scores)[finite].sum() / num_steps)
-    d_rewards = np.where(finite, -sign * sigmoid(-sign * scores), 0.0) / num_steps
-    accuracy = float(np.count_nonzero((sign * scores > 0)[finite]) / num_steps)
+    loss = -float(log_sigmoid(sign * scores)[finite].sum() / num_labels)
+    d_rewards = np.where(finite, -sign * sigmoid(-sign * scores), 0.0) / num_labels
+    accuracy = float(np.count_nonzero((sign * scores > 0)[finite]) / num_labels)
     dropped = float(np.count_nonzero(~finite))
     return loss, d_rewards, {"loss": loss, "accuracy": accuracy, **_spread_of(scores[finite]), "num_dropped": dropped}
+
+
+StepAggregate = Literal["last", "min", "product"]
+STEP_AGGREGATES: tuple[str, ...] = get_args(StepAggregate)
+
+
+def aggregate_steps(rewards: Floats, offsets: Ints, how: StepAggregate = "last") -> Float64:
+    """The reward of each answer from those of its steps: f64 [S] or [S, k] from [E] or [E, k].
+
+    ``last``: that of the last step; ``min``: the lowest of all (like ``product`` after Lightman et al. 2023); ``product``: the log
+    odds that all steps are right if each is independently, with p_i = s(r_i): ln P - ln(1 - P), P = prod p_i. All agree on an answer of one step.
+
+    Parameters
+    ----------
+    offsets
+        i64 [S + 1]: steps of each answer, at least one.
+    """
+    if (np.diff(offsets) <= 0).any():
+        raise ValueError("an answer has no step")
+    values = f64(rewards)
+    if how == "last":
+        return f64(values[np.asarray(offsets[1:]) - 1])
+    if how == "min":
+        return f64(np.minimum.reduceat(values, offsets[:-1], axis=0))
+    if how != "product":
+        raise ConfigError(f"steps are put together by {', '.join(STEP_AGGREGATES)}, not {how!r}")
+    # ln((1 + a)(1 + b) - 1) = ln(a + b + ab), step by step, so that nothing cancels: a = e^-r are the odds against.
+    against = np.full((len(offsets) - 1, *values.shape[1:]), -np.inf)
+    for answer, (low, high) in enumerate(itertools.pairwise(np.asarray(offsets).tolist())):
+        for reward in values[low:high]:
+            both = against[answer] - reward
+            against[answer] = np.logaddexp(np.logaddexp(against[answer], -reward), both)
+    return -against
 
 
 def gain_and_bias(rewards: Floats, *, std: float = 1.0) -> tuple[float, float]:

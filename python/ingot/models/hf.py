@@ -69,6 +69,8 @@ class SavedModel:
     """Names of the heads where they are the model's purpose (``*ForSequenceClassification``), else None."""
     score_bias: tuple[float, ...] | None
     """Of such a model's heads, where ``config.json`` has it."""
+    step_separator: str | None
+    """Ends a step of an answer, where the heads are read at each step's last token."""
     _files: Mapping[Path, list[StoredTensor]] = dataclasses.field(repr=False)
 
     def weights(
@@ -169,7 +171,10 @@ def open_folder(folder: str | Path) -> SavedModel:
     scores = [t for tensors in files.values() for t in tensors if t.name == "score.weight"]
     num_values = scores[0].shape[0] if scores and len(scores[0].shape) == 2 else 0
     labels, bias = _heads(fields, num_values, folder)
-    return SavedModel(folder, config, num_values, labels, bias, files)
+    separator = fields.get("step_separator") if labels else None
+    if separator is not None and (not isinstance(separator, str) or not separator):
+        raise CheckpointError(f"{folder}: step_separator in {CONFIG_FILE} is {separator!r}, not a text")
+    return SavedModel(folder, config, num_values, labels, bias, separator, files)
 
 
 def _heads(
@@ -242,6 +247,7 @@ def write_scorer(
     *,
     labels: Sequence[str],
     pad_token_id: int | None = None,
+    step_separator: str | None = None,
 ) -> None:
     """Write a model that scores, in a form that transformers opens as ``*ForSequenceClassification``.
 
@@ -253,6 +259,8 @@ def write_scorer(
         Names of the k heads.
     pad_token_id
         What transformers finds the end of padded sequences by.
+    step_separator
+        Of a model that scores steps: it stands in ``config.json``, where transformers' classes keep it and do nothing with it.
 
     Raises
     ------
@@ -270,6 +278,8 @@ def write_scorer(
         "score_bias": [float(each) for each in state["score.bias"]],
         "pad_token_id": pad_token_id,
     }
+    if step_separator is not None:
+        fields["step_separator"] = step_separator
     kept = {name: values for name, values in state.items() if name not in (_HEAD, "score.bias")}
     _write(Path(folder), fields, kept)
 
@@ -397,7 +407,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str) -> ModelConfig:
         if family == "ingot":
             known = {field.name for field in dataclasses.fields(ModelConfig)}
             skipped = {"architectures", "model_type", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"}
-            skipped |= {"num_labels", "id2label", "label2id", "score_bias"}
+            skipped |= {"num_labels", "id2label", "label2id", "score_bias", "step_separator"}
             surplus = [name for name in fields if name not in known | skipped]
             if surplus:
                 raise CheckpointError(f"{source}: unknown key {surplus[0]!r}: written by a newer version of ingot?")

@@ -123,7 +123,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "Loss",
-        "nats per comparison",
+        "nats per comparison or label",
         (Line("loss", "training"),),
         "How surprised the reward model is by each judgement. Without any knowledge it is ln 2 = 0.693, a coin's; lower is better. A "
         "held-out line that rises means it has begun to learn the judgements by heart.",
@@ -140,10 +140,11 @@ FIGURES: tuple[Figure, ...] = (
     ),
     # Reward models.
     Figure(
-        "Pairs ordered as people did",
-        "share of pairs",
+        "Judged as people did",
+        "share of pairs or labels",
         (Line("accuracy", "training"),),
-        "Of two responses, how often the one that people preferred scores higher. A coin gets 0.5. The held-out line counts; it should "
+        "Of two responses, how often the one that people preferred scores higher; of responses or steps with labels, how often the score is "
+        "above 0 for a true one and below for a false one. A coin gets 0.5. The held-out line counts; it should "
         "clearly beat the simple rules, and people themselves seldom agree on much more than three pairs of four.",
         ("reward",),
         levels=_CHANCE,
@@ -151,12 +152,23 @@ FIGURES: tuple[Figure, ...] = (
             "accuracy_longer_wins*": "prefers the longer",
             "accuracy_shorter_wins*": "prefers the shorter",
             "accuracy_bag_of_words*": "counts words",
+            "accuracy_majority*": "always says the same",
+            "accuracy_length*": "looks at length",
             "people_agreement": "people with each other",
         },
     ),
     Figure(
-        "Pairs ordered as people did, by criterion",
-        "share of held-out pairs",
+        "True above false",
+        "area under the ROC curve",
+        (Line("auc", "training"),),
+        "How often a response or step labelled true scores above one labelled false. A coin gets 0.5, whatever share is true.",
+        ("reward",),
+        levels=_CHANCE,
+        levels_from={"auc_length*": "looks at length", "auc_bag_of_words*": "counts words"},
+    ),
+    Figure(
+        "Judged as people did, by criterion",
+        "share of held-out pairs or labels",
         (Line("eval_accuracy/*", "{}, held out"),),
         "The same for each thing that people judged. One may be learned well and another not at all.",
         ("reward",),
@@ -182,7 +194,7 @@ FIGURES: tuple[Figure, ...] = (
         "Calibration error",
         "ECE",
         (Line("ece", "training"),),
-        "How far its certainty is from being right: of pairs that it is 80 % sure of, 80 % should be right. Below 0.1 is well.",
+        "How far its certainty is from being right: of judgements that it is 80 % sure of, 80 % should be right. Below 0.1 is well.",
         ("reward",),
         levels=((0.1, "alarm"),),
     ),
@@ -456,7 +468,8 @@ HEADLINES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("eval_eos_rate|eos_rate", "answers that end by themselves"),
     ),
     "reward": (
-        ("eval_accuracy|accuracy", "pairs ordered as people did"),
+        ("eval_accuracy|accuracy", "judged as people did"),
+        ("eval_auc|auc", "true above false"),
         ("eval_loss|loss", "loss (a coin: 0.693)"),
         ("eval_ece|ece", "calibration error"),
         ("eval_margin|margin", "margin between the two scores"),
@@ -485,8 +498,8 @@ PHASES: Mapping[str, tuple[str, str]] = {
     ),
     "reward": (
         "Reward model",
-        "People compared responses. From their judgements a model learned to give each response a score, so that what people prefer "
-        "scores higher. The score then stands in for people when the next model is trained.",
+        "People compared responses, or said of each, or of its steps, whether it is good. From their judgements a model learned to give "
+        "scores, higher for what people prefer. The score then stands in for people when the next model is trained.",
     ),
     "dpo": (
         "Preference optimisation",

@@ -92,6 +92,7 @@ def data_of(record: Record) -> list[str]:
         ("num_documents", "documents"),
         ("num_rows", "rows"),
         ("num_train_pairs", "pairs to learn from"),
+        ("num_train_labels", "labels to learn from"),
         ("num_tokens", "tokens"),
         ("train_tokens", "tokens to learn from"),
         ("num_held_out", "rows held out"),

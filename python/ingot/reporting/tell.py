@@ -375,17 +375,17 @@ def flat(facts: Mapping[str, Any], before: str = "") -> list[dict[str, Any]]:
 
 
 def _scored(line: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Responses of a reward model's sample, with its scores and the ranks that people gave."""
+    """Responses of a reward model's sample, or steps of them, with its scores and the ranks or labels that people gave."""
     told: list[dict[str, Any]] = [{"text": words(response), "facts": {}} for response in line["responses"]]
     for one, scores in zip(told, _list(line.get("scores")), strict=False):
         one["facts"] |= mapping(scores)
     judgements = [mapping(each) for each in _list(line.get("judgements"))]
     for judgement in judgements[::-1]:
-        criterion = judgement.get("criterion")
-        name = "rank" if len({each.get("criterion") for each in judgements}) == 1 else f"rank, {criterion}"
-        for number, rank in zip(_list(judgement.get("responses")), _list(judgement.get("ranks")), strict=False):
-            if isinstance(number, int) and 0 <= number < len(told):
-                told[number]["facts"][name] = rank
+        about = "" if len({each.get("criterion") for each in judgements}) == 1 else f", {judgement.get('criterion')}"
+        for what in ("rank", "label"):
+            for number, said in zip(_list(judgement.get("responses")), _list(judgement.get(f"{what}s")), strict=False):
+                if isinstance(number, int) and 0 <= number < len(told):
+                    told[number]["facts"][f"{what}{about}"] = said
     return told
 
 

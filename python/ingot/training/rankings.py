@@ -1,8 +1,10 @@
 """From rows to what a reward model learns from: each prompt with all its different responses and every judgement about them.
 
-A prompt's responses are one group: they are run through the network once, in one pack, however many judgements compare them.
+A prompt's responses are one group: they are run through the network once, in one pack, however many judgements compare them. Rows of one
+answer with a label, or of an answer in steps with a label for each, are judgements too, which compare nothing.
 
-Shape legend: S sequences (responses with their prompts) of a pack or a set of groups, k criteria, P pairs.
+Shape legend: S sequences (responses with their prompts) of a pack or a set of groups, E scores (one for each sequence; of answers in steps
+one for each step), k criteria, P pairs, L labels.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from ingot.data.examples import (
 from ingot.data.files import file_hashes
 from ingot.data.keys import canonical
 from ingot.data.row_cache import RowCache
-from ingot.data.rows import Preference, RankedList, Row, RowError
+from ingot.data.rows import Preference, RankedList, Row, RowError, Stepwise, UnpairedPreference, scan
 from ingot.errors import ConfigError, DataError
 from ingot.inference.scoring import UNNAMED
 from ingot.losses.numerics import Float64, f64
@@ -51,7 +53,8 @@ class Judgement:
     criterion: int
     """Number of the head."""
     members: tuple[int, ...]
-    """Numbers of the responses in their group; one that stands in the row twice is there twice."""
+    """Numbers of the responses in their group, one that stands in the row twice twice; of labels, numbers of what they label among all
+    scores of the group."""
     ranks: tuple[int, ...]
     """Of each: 1 is best, equal is a tie."""
     annotator: str | None = None
@@ -63,6 +66,8 @@ class Judgement:
     """Probability that the first is the better one (pairs alone)."""
     ratings: tuple[float, ...] | None = None
     """Of each; NaN where there is none."""
+    labels: tuple[bool, ...] | None = dataclasses.field(default=None, repr=False)
+    """Of each: wanted or right. Then the row compares nothing."""
 
     def pairs(self, *, ties: bool = False) -> list[tuple[int, int, bool]]:
         """(better, worse, tied) of every two different responses, the best first; tied ones where they are asked for."""
@@ -159,6 +164,48 @@ def lists_of(judgements: Sequence[Sequence[Judgement]], first_sequences: npt.Arr
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Labels:
+    """L labels of numbered scores."""
+
+    places: Numbers
+    """Number of each label's score, i64 [L]."""
+    criteria: Numbers
+    """Number of its head, i64 [L]."""
+    true: npt.NDArray[np.bool_]
+    """bool [L]"""
+    groups: Numbers
+    """Number of the prompt, i64 [L]."""
+    offsets: Numbers
+    """Labels of each row, i64 [R + 1]."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def of(self, criterion: int) -> Labels:
+        """Those of one head."""
+        kept = self.criteria == criterion
+        offsets = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
+        return Labels(self.places[kept], self.criteria[kept], self.true[kept], self.groups[kept], np.unique(offsets))
+
+
+def labels_of(
+    judgements: Sequence[Sequence[Judgement]], first_scores: npt.ArrayLike, *, last_only: bool = False
+) -> Labels:
+    """All labels of groups whose scores begin at these numbers, or the last of each row."""
+    flat: list[tuple[int, int, bool, int]] = []
+    sizes: list[int] = []
+    for group, (first, made) in enumerate(zip(np.asarray(first_scores).tolist(), judgements, strict=True)):
+        for judgement in made:
+            if judgement.labels is not None:
+                labelled = list(zip(judgement.members, judgement.labels, strict=True))[-1 if last_only else 0 :]
+                flat += [(first + place, judgement.criterion, true, group) for place, true in labelled]
+                sizes.append(len(labelled))
+    table = np.array(flat, np.int64).reshape(len(flat), 4)
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+    return Labels(table[:, 0], table[:, 1], table[:, 2] != 0, table[:, 3], offsets)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Ranked:
     """Groups and what was judged about them."""
 
@@ -171,9 +218,10 @@ class Ranked:
         return len(self.examples)
 
     @property
-    def first_sequences(self) -> Numbers:
-        """Number of each group's first sequence, where all are counted through, i64 [G]."""
-        return np.concatenate([[0], np.cumsum([len(group) for group in self.examples.groups], dtype=np.int64)])[:-1]
+    def first_scores(self) -> Numbers:
+        """Number of each group's first score, where all are counted through, i64 [G]; of whole responses that of its first sequence."""
+        sizes = [sum(len(sequence.ends) for sequence in group) for group in self.examples.groups]
+        return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1]
 
     @property
     def sequences(self) -> list[Encoded]:
@@ -182,7 +230,11 @@ class Ranked:
 
     def pairs(self) -> Pairs:
         """All pairs that are strictly ordered."""
-        return pairs_of(self.judgements, self.first_sequences)
+        return pairs_of(self.judgements, self.first_scores)
+
+    def labels(self) -> Labels:
+        """All labels."""
+        return labels_of(self.judgements, self.first_scores)
 
     def select(self, numbers: Sequence[int]) -> Ranked:
         """These groups."""
@@ -198,6 +250,10 @@ class Rankings:
     held_out: Ranked
     criteria: tuple[str, ...]
     """Names of the heads."""
+    labelled: bool
+    """Single answers with labels, not comparisons."""
+    step_separator: str | None
+    """Ends a step of answers in steps; None for whole ones."""
     max_length: int
     pack_length: int
     batches: ExampleBatches
@@ -243,11 +299,18 @@ def prepare_rankings(
         )
     encoder = encoder_of(folder, config.model)
     if rows is None and not config.data:
-        raise DataError("no judgements to learn from: give --data with files of ranked lists or pairs")
+        raise DataError(
+            "no judgements to learn from: give --data with files of ranked lists, pairs, or answers with labels"
+        )
+    if rows is None:
+        _require_one_form(config)
     name = ", ".join(config.data) if rows is None else "the rows given"
     read = _load(config, rows, encoder, max_length, name, display)
     criteria = _criteria(config, read, name, display)
     ranked = _grouped(config, read, criteria, name, display)
+    labelled, in_steps = isinstance(read.rows[0], UnpairedPreference | Stepwise), isinstance(read.rows[0], Stepwise)
+    if labelled:
+        _require_both_labels(ranked, criteria, name)
     examples_hash = _hash_of(ranked)
     require_unchanged(folder, examples_hash, config.data)
     train, held_out = _split(ranked, config.held_out)
@@ -270,13 +333,62 @@ def prepare_rankings(
         "num_train_responses": sum(map(len, train.examples.groups)),
         "num_train_pairs": len(train.pairs()),
         "num_held_out_pairs": len(held_out.pairs()),
+        **(_label_facts(train, held_out, in_steps) if labelled else {}),
         "train_tokens": int(train.examples.lengths().sum()),
         "split": rule,
     }
     batches = ExampleBatches(
         train.examples, batch_size=config.per_device_train_batch_size, pack_length=pack_length, seed=config.seed
     )
-    return Rankings(encoder, train, held_out, criteria, max_length, pack_length, batches, facts)
+    separator = config.step_separator if in_steps else None
+    return Rankings(encoder, train, held_out, criteria, labelled, separator, max_length, pack_length, batches, facts)
+
+
+def _label_facts(train: Ranked, held_out: Ranked, in_steps: bool) -> dict[str, Any]:
+    learned, judged = train.labels(), held_out.labels()
+    return {
+        "labels_of": "steps" if in_steps else "answers",
+        "num_train_labels": len(learned),
+        "num_train_true": int(learned.true.sum()),
+        "num_held_out_labels": len(judged),
+    }
+
+
+def _form_of(row: Row) -> str:
+    """What a row teaches: rows of two forms cannot be learnt from together."""
+    match row:
+        case UnpairedPreference():
+            return "answers with a label each"
+        case Stepwise():
+            return "answers in steps with a label for each"
+        case Preference() | RankedList():
+            return "comparisons"
+    return ""
+
+
+def _require_one_form(config: RewardConfig) -> None:
+    """Refuse files that hold rows of different forms. What else is wrong with a row is said where all are read."""
+    known: dict[str, str] = {}
+    for path in config.data:
+        first = next(scan(path), None)
+        form = _form_of(first) if isinstance(first, Row) else ""
+        if form:
+            known.setdefault(form, path)
+        if len(known) > 1:
+            (other, earlier), _ = known.items()
+            raise DataError(f"{path}: holds {form}, but {earlier} holds {other}: train a reward model on each")
+
+
+def _require_both_labels(ranked: Ranked, criteria: Sequence[str], name: str) -> None:
+    labels = ranked.labels()
+    for number, criterion in enumerate(criteria):
+        true = labels.of(number).true
+        if true.all() or not true.any():
+            about = "" if criterion == UNNAMED else f" about {criterion!r}"
+            raise DataError(
+                f"{name}: all {len(true)} labels{about} are {'true' if true.all() else 'false'}, so that there is nothing to tell apart: "
+                f"give rows labelled {'false' if true.all() else 'true'} too"
+            )
 
 
 def _load(
@@ -288,6 +400,7 @@ def _load(
             list(config.data) if rows is None else rows,
             encoder,
             max_length=max_length,
+            step_separator=config.step_separator,
             cache=RowCache(config.cache_folder, display.say),
             work=display.work,
         )
@@ -309,12 +422,28 @@ def _load(
 
 def _check_row(row: Row, config: RewardConfig) -> None:
     """Refuse rows that judge nothing, or in a way that the loss has no use for."""
-    if not isinstance(row, Preference | RankedList):
+    if not isinstance(row, Preference | RankedList | UnpairedPreference | Stepwise):
         raise RowError(
-            f"is of kind {row.kind}, which compares nothing",
-            "give ranked lists (ingot label makes them) or rows with prompt, chosen and rejected",
+            f"is of kind {row.kind}, which judges nothing",
+            "give ranked lists (ingot label makes them), rows with prompt, chosen and rejected, with prompt, completion and label, "
+            "or with prompt, completions (steps) and labels",
             row=row.number,
         )
+    if not isinstance(row, RankedList) and not isinstance(row.extra.get("criterion"), str | None):
+        raise RowError(f"is {row.extra['criterion']!r}", "give a string", field="criterion", row=row.number)
+    if isinstance(row, UnpairedPreference | Stepwise):
+        for field, neutral in (("loss_type", "pairwise"), ("ties", "drop"), ("center_rewards_coefficient", 0.0)):
+            if getattr(config, field) != neutral:
+                raise RowError(
+                    f"has {'labels' if isinstance(row, Stepwise) else 'a label'}, which {field} {getattr(config, field)} has no use for",
+                    f"leave {field} {neutral}: labels are always learnt by binary cross-entropy",
+                    row=row.number,
+                )
+        if config.train_on_last_step_only and not isinstance(row, Stepwise):
+            raise RowError("has no steps", "leave train_on_last_step_only out", row=row.number)
+        return
+    if config.train_on_last_step_only:
+        raise RowError("has no steps", "leave train_on_last_step_only out", row=row.number)
     if isinstance(row, RankedList):
         ratings = _ratings(row)
         if config.loss_type == "rating" and ratings is None:
@@ -329,8 +458,6 @@ def _check_row(row: Row, config: RewardConfig) -> None:
         isinstance(soft_label, bool) or not isinstance(soft_label, int | float) or not 0 <= soft_label <= 1
     ):
         raise RowError(f"is {soft_label!r}", "give a probability, between 0 and 1", field="soft_label", row=row.number)
-    if not isinstance(row.extra.get("criterion"), str | None):
-        raise RowError(f"is {row.extra['criterion']!r}", "give a string", field="criterion", row=row.number)
     if config.loss_type == "rating":
         raise RowError(
             "is a pair, but loss_type rating learns from ratings", "take --loss-type pairwise", row=row.number
@@ -391,7 +518,7 @@ def _criteria(config: RewardConfig, read: Examples, name: str, display: Display)
 def _grouped(config: RewardConfig, read: Examples, criteria: tuple[str, ...], name: str, display: Display) -> Ranked:
     """One group for each prompt: its different responses, and what every row says of them."""
     rows: dict[bytes, Row] = {}
-    groups: dict[bytes, dict[bytes, Encoded]] = {}
+    groups: dict[bytes, dict[tuple[Any, ...], Encoded]] = {}
     made: dict[bytes, list[Judgement]] = {}
     num_silent = 0
     for row, sequences in zip(read.rows, read.groups, strict=True):
@@ -401,9 +528,11 @@ def _grouped(config: RewardConfig, read: Examples, criteria: tuple[str, ...], na
         known = groups.get(key, {})
         fresh = {**known}
         for sequence in sequences:
-            fresh.setdefault(sequence.ids.tobytes(), sequence)
-        places = {ids: place for place, ids in enumerate(fresh)}
-        judgement = _judgement(row, criteria.index(_criterion(row)), [places[each.ids.tobytes()] for each in sequences])
+            fresh.setdefault(_identity(sequence), sequence)
+        first = itertools.accumulate((len(each.ends) for each in fresh.values()), initial=0)
+        places = dict(zip(fresh, first, strict=False))
+        members = [places[_identity(each)] + end for each in sequences for end in range(len(each.ends))]
+        judgement = _judgement(row, criteria.index(_criterion(row)), members)
         if not _says_something(judgement, config):
             num_silent += 1
             continue
@@ -425,7 +554,15 @@ def _grouped(config: RewardConfig, read: Examples, criteria: tuple[str, ...], na
     return Ranked(examples, tuple(tuple(made[key]) for key in groups))
 
 
+def _identity(sequence: Encoded) -> tuple[Any, ...]:
+    """Of a sequence and of what is scored in it."""
+    return sequence.ids.tobytes(), sequence.ends
+
+
 def _judgement(row: Row, criterion: int, members: list[int]) -> Judgement:
+    if isinstance(row, UnpairedPreference | Stepwise):
+        labels = (row.label,) if isinstance(row, UnpairedPreference) else tuple(row.labels)
+        return Judgement(criterion, tuple(members), (1,) * len(members), labels=labels)
     if isinstance(row, RankedList):
         ratings = _ratings(row)
         return Judgement(criterion, tuple(members), tuple(row.ranks), annotator=row.annotator, ratings=ratings)
@@ -442,6 +579,8 @@ def _judgement(row: Row, criterion: int, members: list[int]) -> Judgement:
 
 
 def _says_something(judgement: Judgement, config: RewardConfig) -> bool:
+    if judgement.labels is not None:
+        return True
     if config.loss_type == "rating":
         return judgement.ratings is not None and not np.isnan(judgement.ratings).all()
     if config.loss_type == "best_of" and judgement.ranks.count(1) > 1:
@@ -461,4 +600,10 @@ def _hash_of(ranked: Ranked) -> str:
     digest = hashlib.sha256(hash_of(ranked.examples).encode())
     for made in ranked.judgements:
         digest.update(repr(made).encode())
+        for judgement in made:
+            if judgement.labels is not None:
+                digest.update(repr(judgement.labels).encode())
+    for sequence in ranked.sequences:
+        if len(sequence.ends) != 1 or sequence.ends[0] != len(sequence) - 1:
+            digest.update(repr(sequence.ends).encode())
     return digest.hexdigest()

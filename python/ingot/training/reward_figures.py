@@ -26,9 +26,9 @@ _EDGES = (-0.5, -0.1, 0.1, 0.5)
 _MIN_PAIRS = 20
 
 
-def response_lengths(sequences: Iterable[Encoded]) -> npt.NDArray[np.int64]:
-    """Tokens of each response, its end included, i64 [S]."""
-    return np.array([np.count_nonzero(sequence.mask) for sequence in sequences], np.int64)
+def scored_lengths(sequences: Iterable[Encoded]) -> npt.NDArray[np.int64]:
+    """Tokens of each response up to where it is scored, that one included, i64 [E]: of a whole response all of them."""
+    return np.array([np.count_nonzero(each.mask[: end + 1]) for each in sequences for end in each.ends], np.int64)
 
 
 def hits_of(scores: Floats, pairs: Pairs) -> Float64:
@@ -54,18 +54,22 @@ def pair_figures(scores: Floats, lengths: npt.NDArray[np.int64], pairs: Pairs, c
     return figures
 
 
+def reward_figures(scores: Floats, lengths: npt.NDArray[np.int64]) -> Metrics:
+    """Of scores [E, k] alone: ``mean_reward``, ``reward_std``, ``min_reward``, ``max_reward``, ``length_correlation`` (the strongest of a criterion)."""
+    if not scores.size:
+        return {}
+    return {
+        "mean_reward": float(scores.mean()),
+        "reward_std": float(scores.std(axis=0).min()),
+        "min_reward": float(scores.min()),
+        "max_reward": float(scores.max()),
+        "length_correlation": max((length_correlation(each, lengths) for each in scores.T), key=abs),
+    }
+
+
 def _figures(scores: Floats, lengths: npt.NDArray[np.int64], pairs: Pairs, column: int | None = None) -> Metrics:
     pairs = pairs if column is None else dataclasses.replace(pairs, criteria=np.full(len(pairs), column, np.int64))
-    figures: Metrics = {}
-    if scores.size:
-        figures |= {
-            "mean_reward": float(scores.mean()),
-            "reward_std": float(scores.std(axis=0).min()),
-            "min_reward": float(scores.min()),
-            "max_reward": float(scores.max()),
-        }
-        correlations = [length_correlation(each, lengths) for each in scores.T]
-        figures["length_correlation"] = max(correlations, key=abs)
+    figures = reward_figures(scores, lengths)
     if not len(pairs):
         return figures
     hits = hits_of(scores, pairs)
@@ -241,9 +245,9 @@ def verdict_of(comparisons: Sequence[Comparison], people: Share) -> Verdict:
         # Two figures that look alike say nothing about which is the larger.
         digits = 1 if round(100 * each.model.value) == round(100 * each.length_rule.value) else 0
         sentences.append(
-            f"{subject} orders {_percent(each.model, digits)} of {each.model.num_cases:,} held-out pairs as people did "
+            f"{subject} orders {as_percent(each.model, digits)} of {each.model.num_cases:,} held-out pairs as people did "
             f"(95 % interval {100 * each.model.low:.0f} to {100 * each.model.high:.0f}); a rule that prefers the {rule} answer gets "
-            f"{_percent(each.length_rule, digits)}, a bag of words {_percent(each.words)}."
+            f"{as_percent(each.length_rule, digits)}, a bag of words {as_percent(each.words)}."
         )
         figures |= {
             f"accuracy{ending}": each.model.value,
@@ -256,7 +260,7 @@ def verdict_of(comparisons: Sequence[Comparison], people: Share) -> Verdict:
             f"num_prompts{ending}": each.model.num_prompts,
         }
     if people.num_cases:
-        sentences.append(f"People agree with each other on {_percent(people)} of {people.num_cases:,} pairs.")
+        sentences.append(f"People agree with each other on {as_percent(people)} of {people.num_cases:,} pairs.")
         figures |= {
             "people_agreement": people.value,
             "people_agreement_low": people.low,
@@ -281,5 +285,6 @@ def verdict_of(comparisons: Sequence[Comparison], people: Share) -> Verdict:
     return Verdict(passed=passed, sentences=tuple(sentences), figures=figures, advice=advice)
 
 
-def _percent(share: Share, digits: int = 0) -> str:
+def as_percent(share: Share, digits: int = 0) -> str:
+    """A share in words."""
     return f"{100 * share.value:.{digits}f} %"

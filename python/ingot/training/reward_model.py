@@ -1,8 +1,9 @@
 """Training of a reward model: people's judgements in, a model that scores responses out. The whole loop is :meth:`_Run.loop` and below.
 
-The score is read at the token that ends a response. All responses to a prompt lie in one step and one pack, so that K of them cost
-K passes and their pairs teach together. At the end scores are brought to mean 0 and standard deviation 1 for each criterion, over
-responses to training prompts, since reinforcement learning weighs them against a KL penalty. A run is a function of its settings, its
+The score is read at the token that ends a response, or a step of one. All responses to a prompt lie in one step and one pack, so that K of them cost
+K passes and their pairs teach together. Comparisons leave the scale of scores open: at the end they are brought to mean 0 and standard
+deviation 1 for each criterion, over responses to training prompts, since reinforcement learning weighs them against a KL penalty. Scores
+learnt from labels stay what they are, the log odds of a true label. A run is a function of its settings, its
 base model and its rows: killed at any moment and resumed, it ends with the same bits.
 """
 
@@ -18,20 +19,20 @@ import numpy as np
 
 from ingot.configs import ModelConfig, RewardConfig
 from ingot.data.batches import Order
+from ingot.data.chat import Encoded
 from ingot.data.examples import Pack
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError
 from ingot.inference.intervals import Share, share_of
 from ingot.inference.scoring import UNNAMED, RewardModel
-from ingot.losses.numerics import Float64, Metrics
+from ingot.losses.numerics import Float64, Metrics, f64
 from ingot.losses.packed import add_metrics
 from ingot.losses.reward import (
     gain_and_bias,
+    label_loss,
     pairwise_loss,
     plackett_luce_loss,
     rating_loss,
-    rewards_at_ends,
-    spread_to_ends,
 )
 from ingot.models import Model, load_model
 from ingot.models.hf import open_folder
@@ -40,10 +41,11 @@ from ingot.training.callbacks import Callback
 from ingot.training.cost import Cost, require_memory
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
+from ingot.training.label_figures import compare_labels, label_figures, nothing_compared, verdict_of_labels
 from ingot.training.lora import num_trained
 from ingot.training.phases import RowsPhase
 from ingot.training.progress import Display
-from ingot.training.rankings import Judgement, Rankings, lists_of, pairs_of, prepare_rankings
+from ingot.training.rankings import Judgement, Rankings, labels_of, lists_of, pairs_of, prepare_rankings
 from ingot.training.reward_figures import (
     BagOfWords,
     Comparison,
@@ -51,7 +53,7 @@ from ingot.training.reward_figures import (
     length_hits,
     pair_figures,
     people_agree,
-    response_lengths,
+    scored_lengths,
     verdict_of,
 )
 from ingot.training.runs import RunFolder
@@ -173,7 +175,6 @@ def _decide(
     )
     epoch = rankings.batches.steps_per_epoch
     decisions, cost = decide(config, model, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch)
-    facts = rankings.facts
     heads = "" if rankings.criteria == (UNNAMED,) else f"; a head for each of {', '.join(rankings.criteria)}"
     announce(
         config,
@@ -183,9 +184,8 @@ def _decide(
         cost,
         done,
         display,
-        kind="rankings",
-        data=f"{facts['num_train']:,} prompts with {facts['num_train_responses']:,} responses and {facts['num_train_pairs']:,} ordered pairs; "
-        f"{facts['split']}{heads}",
+        kind="labels" if rankings.labelled else "rankings",
+        data=f"{_told(rankings)}; {rankings.facts['split']}{heads}",
         shape=f"{config.per_device_train_batch_size} prompts in packs of up to {rankings.pack_length}",
         passes=(decisions.max_steps - done) / epoch,
     )
@@ -197,7 +197,7 @@ def _decide(
 
 def rating_scales(rankings: Rankings) -> Float64:
     """Mean and standard deviation of each criterion's ratings in training, f64 [k, 2]; 0 and 1 where there are none."""
-    lists = lists_of(rankings.train.judgements, rankings.train.first_sequences)
+    lists = lists_of(rankings.train.judgements, rankings.train.first_scores)
     scales = np.tile([0.0, 1.0], (len(rankings.criteria), 1))
     for criterion in range(len(scales)):
         ratings = lists.ratings[(lists.criteria == criterion) & np.isfinite(lists.ratings)]
@@ -207,7 +207,7 @@ def rating_scales(rankings: Rankings) -> Float64:
 
 
 def _values(model: ModelProtocol, pack: Pack, train: bool = False) -> tuple[Any, Float64]:
-    """Context, and the value of each sequence's end by each head, f64 [S, k]."""
+    """Context, and the value of each place that is scored by each head, f64 [E, k]."""
     ctx, out = model.forward(
         pack.tokens,
         pack.offsets,
@@ -216,7 +216,13 @@ def _values(model: ModelProtocol, pack: Pack, train: bool = False) -> tuple[Any,
         value_rows=pack.value_rows,
         train=train,
     )
-    return ctx, rewards_at_ends(out.values, pack.offsets).reshape(len(pack.offsets) - 1, -1)
+    return ctx, f64(out.values[pack.value_rows]).reshape(-1, model.num_values)
+
+
+def _first_scores(pack: Pack) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Number of each group's first score in the pack, i64 [G + 1], with all of them at the end."""
+    before = np.concatenate([[0], np.cumsum(pack.value_rows, dtype=np.int64)])
+    return np.asarray(before[pack.offsets[pack.group_offsets]], np.int64)
 
 
 def _backward(
@@ -225,14 +231,15 @@ def _backward(
     """Add up the gradients of one step's packs; metrics of the whole step, ``loss`` among them."""
     made = [[rankings.train.judgements[member] for member in pack.members] for pack in packs]
     total = sum(weight_of(config, judgements) for judgements in made)
-    num_scores = sum(len(pack.offsets) - 1 for pack in packs) * len(rankings.criteria)
+    num_scores = sum(np.count_nonzero(pack.value_rows) for pack in packs) * len(rankings.criteria)
     parts = []
     for pack, judgements in zip(packs, made, strict=True):
         ctx, scores = _values(model, pack, train=True)
         # Where nothing is to be learned, any total gives a loss of 0.
-        d_scores, metrics = judged_loss(scores, config, judgements, pack.group_offsets[:-1], scales, total or 1.0)
+        d_scores, metrics = judged_loss(scores, config, judgements, _first_scores(pack)[:-1], scales, total or 1.0)
         assert ctx is not None
-        d_values = spread_to_ends(d_scores, pack.offsets)
+        d_values = np.zeros((len(pack.tokens), model.num_values), np.float32)
+        d_values[pack.value_rows] = d_scores
         model.backward(ctx, d_values=d_values if model.num_values > 1 else d_values[:, 0].copy())
         metrics["mean_reward"] = float(scores.sum()) / num_scores
         parts.append(metrics)
@@ -241,6 +248,9 @@ def _backward(
 
 def weight_of(config: RewardConfig, judgements: Sequence[Sequence[Judgement]]) -> float:
     """What these judgements count together: the normalizer of :func:`judged_loss` over a step."""
+    labels = labels_of(judgements, np.zeros(len(judgements), np.int64), last_only=config.train_on_last_step_only)
+    if len(labels):
+        return float(len(labels))
     if config.loss_type == "rating":
         lists = lists_of(judgements, np.zeros(len(judgements), np.int64))
         return float(np.count_nonzero(np.isfinite(lists.ratings)))
@@ -254,14 +264,21 @@ def judged_loss(
     scores: Float64,
     config: RewardConfig,
     judgements: Sequence[Sequence[Judgement]],
-    first_sequences: np.ndarray[Any, np.dtype[np.int64]],
+    first_scores: np.ndarray[Any, np.dtype[np.int64]],
     scales: Float64,
     total: float,
 ) -> tuple[Float64, Metrics]:
-    """The gradient by the scores [S, k], f64 like them, and metrics with the ``loss``, of the configured loss over ``total`` weight."""
+    """The gradient by the scores [E, k], f64 like them, and metrics with the ``loss``, over ``total`` weight: of the configured loss, or where
+    the judgements are labels of binary cross-entropy. Scores of a group begin at its number among ``first_scores`` [G]."""
     d_scores = np.zeros_like(scores)
+    labels = labels_of(judgements, first_scores, last_only=config.train_on_last_step_only)
+    if len(labels):
+        labelled = (labels.places, labels.criteria)
+        _, d_labelled, metrics = label_loss(scores[labelled], labels.true, num_labels=total)
+        np.add.at(d_scores, labelled, d_labelled)
+        return d_scores, metrics
     if config.loss_type == "pairwise":
-        pairs = pairs_of(judgements, first_sequences, ties=config.ties == "half")
+        pairs = pairs_of(judgements, first_scores, ties=config.ties == "half")
         better, worse = (pairs.better, pairs.criteria), (pairs.worse, pairs.criteria)
         _, d_better, d_worse, metrics = pairwise_loss(
             scores[better],
@@ -275,7 +292,7 @@ def judged_loss(
         np.add.at(d_scores, better, d_better)
         np.add.at(d_scores, worse, d_worse)
         return d_scores, metrics
-    lists = lists_of(judgements, first_sequences)
+    lists = lists_of(judgements, first_scores)
     places = (lists.sequences, lists.criteria)
     if config.loss_type == "rating":
         mean, std = scales[lists.criteria].T
@@ -369,11 +386,14 @@ class _Run(Trainer[RewardConfig]):
         members, scores = scored
         held_out = self.rankings.held_out.select(members)
         self.pace.evaluation_took(time.perf_counter() - began)
-        total = weight_of(self.config, held_out.judgements)
-        _, losses = judged_loss(
-            scores, self.config, held_out.judgements, held_out.first_sequences, self.scales, total or 1.0
-        )
-        figures = pair_figures(scores, response_lengths(held_out.sequences), held_out.pairs(), self.rankings.criteria)
+        config = dataclasses.replace(self.config, train_on_last_step_only=False)
+        total = weight_of(config, held_out.judgements)
+        _, losses = judged_loss(scores, config, held_out.judgements, held_out.first_scores, self.scales, total or 1.0)
+        lengths, names = scored_lengths(held_out.sequences), self.rankings.criteria
+        if self.rankings.labelled:
+            figures = label_figures(scores, lengths, held_out.labels(), names, in_steps=self.in_steps)
+        else:
+            figures = pair_figures(scores, lengths, held_out.pairs(), names)
         metrics = {
             "step": state.step,
             "tokens": state.tokens,
@@ -382,7 +402,8 @@ class _Run(Trainer[RewardConfig]):
             "time/evaluation_s": time.perf_counter() - began,
         }
         accuracy = figures.get("accuracy")
-        ordered = "" if accuracy is None else f"  pairs ordered as people did {100 * accuracy:.1f} %"
+        what = "labels said rightly" if self.rankings.labelled else "pairs ordered as people did"
+        ordered = "" if accuracy is None else f"  {what} {100 * accuracy:.1f} %"
         self.display.say(f"step {state.step}  held-out loss {losses['loss']:.4f}{ordered}")
         self.show_scores(held_out.judgements, members, scores)
         self.measured(losses["loss"], metrics)
@@ -390,53 +411,53 @@ class _Run(Trainer[RewardConfig]):
         self.notify(lambda callback, view: callback.on_evaluate(view, metrics))
 
     def held_out_scores(self) -> tuple[list[int], Float64] | None:
-        """Numbers of held-out prompts, ascending, and the values of their sequences, f64 [S, k]; None where it was interrupted."""
+        """Numbers of held-out prompts, ascending, and the values of what is scored of them, f64 [E, k]; None where it was interrupted."""
         found: dict[int, Float64] = {}
         for pack in self.rankings.held_out_packs(self.config.seed, self.decisions.eval_batches):
             if self.stop.requested:
                 return None
             _, scores = _values(self.model, pack)
-            for number, member in enumerate(pack.members.tolist()):
-                found[member] = scores[pack.group_offsets[number] : pack.group_offsets[number + 1]]
+            found |= dict(zip(pack.members.tolist(), np.split(scores, _first_scores(pack)[1:-1]), strict=True))
             # A sign of life where this takes long.
             self.display.update(self.pace.status(self.state.step, None, self.state.eval_loss))
         members = sorted(found)
         return members, np.concatenate([found[member] for member in members])
 
     def show_scores(self, judgements: Sequence[Sequence[Judgement]], members: Sequence[int], scores: Float64) -> None:
-        """Record the responses to a few held-out prompts with their scores."""
-        limit = self.config.sample_tokens
+        """Record the responses to a few held-out prompts, or their steps, with their scores."""
+        limit, criteria = self.config.sample_tokens, self.rankings.criteria
         groups = self.rankings.held_out.examples.groups
         first = 0
         for member, made in list(zip(members, judgements, strict=True))[: self.config.sample_prompts if limit else 0]:
             group = groups[member]
             prompt = group[0].ids[~group[0].mask]
+            texts = [self.tokenizer.decode(ids[:limit]) for sequence in group for ids in _scored_ids(sequence)]
             self.record_sample(
                 prompt=self.tokenizer.decode(prompt[-limit:]),
-                responses=[self.tokenizer.decode(sequence.ids[sequence.mask][:limit]) for sequence in group],
-                scores=[
-                    dict(zip(self.rankings.criteria, row, strict=True))
-                    for row in scores[first : first + len(group)].tolist()
-                ],
+                responses=texts,
+                scores=[dict(zip(criteria, row, strict=True)) for row in scores[first : first + len(texts)].tolist()],
                 judgements=[
                     {
-                        "criterion": self.rankings.criteria[each.criterion],
+                        "criterion": criteria[each.criterion],
                         "responses": each.members,
-                        "ranks": each.ranks,
+                        **({"ranks": each.ranks} if each.labels is None else {"labels": each.labels}),
                     }
                     for each in made
                 ],
             )
-            first += len(group)
+            first += len(texts)
 
     # ---- what is left of it
 
     def reward_model(self) -> RewardModel:
-        """The model as it is now, with scores of mean 0 and standard deviation 1 over responses to training prompts.
+        """The model as it is now; one that learnt from comparisons with scores of mean 0 and standard deviation 1 over responses to training prompts.
 
         These are all of them, or the responses to the first prompts of a fixed order until there are 256.
         """
         rankings = self.rankings
+        if rankings.labelled:
+            separator = rankings.step_separator
+            return RewardModel(self.model, rankings.encoder, rankings.criteria, step_separator=separator)
         groups = rankings.train.examples.groups
         order = Order(len(groups), self.config.seed, _REFERENCE_STREAM)
         chosen: list[IntArray] = []
@@ -461,18 +482,25 @@ class _Run(Trainer[RewardConfig]):
         super().finish()
         self.display.say(f"verdict   {'passed' if verdict.passed else 'did not pass'}: {verdict.text}")
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether each step of an answer is scored."""
+        return self.rankings.step_separator is not None
+
     def verdict(self) -> Verdict:
         """On the held-out prompts, all of them, by the model that the folder holds."""
         rankings = self.rankings
-        people = people_agree((rankings.train, rankings.held_out))
         names = [name if name != UNNAMED or len(rankings.criteria) > 1 else "" for name in rankings.criteria]
+        if rankings.labelled:
+            return self.verdict_on_labels(names)
+        people = people_agree((rankings.train, rankings.held_out))
         if not len(rankings.held_out):
             nothing = Share(math.nan, math.nan, math.nan, 0, 0)
             return verdict_of([Comparison(name, nothing, nothing, nothing, nothing) for name in names], people)
         model = RewardModel.load(self.folder.path, **self.config.place)
         sequences, pairs = rankings.held_out.sequences, rankings.held_out.pairs()
-        scores = model.score_ids_each([sequence.ids for sequence in sequences])
-        lengths = response_lengths(sequences)
+        scores = model.score_ends_each(sequences)
+        lengths = scored_lengths(sequences)
         longer = length_hits(lengths, pairs)
         learned, learned_from = rankings.train.sequences, rankings.train.pairs()
         comparisons = []
@@ -489,11 +517,43 @@ class _Run(Trainer[RewardConfig]):
             comparisons.append(Comparison(name, *(share_of(hits, mine.groups) for hits in shares)))
         return verdict_of(comparisons, people)
 
+    def verdict_on_labels(self, names: Sequence[str]) -> Verdict:
+        """The same where rows have labels."""
+        train, held_out = self.rankings.train, self.rankings.held_out
+        if not len(held_out):
+            return verdict_of_labels([nothing_compared(name) for name in names], in_steps=self.in_steps)
+        scores = RewardModel.load(self.folder.path, **self.config.place).score_ends_each(held_out.sequences)
+        comparisons = [
+            compare_labels(name, scores, number, train, held_out, in_steps=self.in_steps)
+            for number, name in enumerate(names)
+        ]
+        return verdict_of_labels(comparisons, in_steps=self.in_steps)
+
+
+def _scored_ids(sequence: Encoded) -> list[IntArray]:
+    """Ids of what is scored: the response, or each of its steps."""
+    first = int(np.argmax(sequence.mask))
+    starts = [first, *(end + 1 for end in sequence.ends[:-1])]
+    return [sequence.ids[start : end + 1] for start, end in zip(starts, sequence.ends, strict=True)]
+
+
+def _told(rankings: Rankings) -> str:
+    """What is learnt from, in a few words."""
+    facts = rankings.facts
+    told = f"{facts['num_train']:,} prompts with {facts['num_train_responses']:,} responses and "
+    if not rankings.labelled:
+        return told + f"{facts['num_train_pairs']:,} ordered pairs"
+    number = facts["num_train_labels"]
+    what = "labelled steps" if rankings.step_separator is not None else "labels"
+    return told + f"{number:,} {what}, {100 * facts['num_train_true'] / max(number, 1):.0f} % of them true"
+
 
 def _rules(max_steps: int) -> list[Rule]:
     """Alarms of a reward model, once half of the run is over: an untrained one has all these signs."""
-    length = "it has learnt length: add pairs whose better answer is the shorter one, or even the lengths out"
-    short = "it has learnt to prefer short answers: add pairs whose better answer is the longer one, or even the lengths out"
+    length = (
+        "it has learnt length: add judgements in which the shorter answer is the better one, or even the lengths out"
+    )
+    short = "it has learnt to prefer short answers: add judgements in which the longer answer is the better one, or even the lengths out"
     rules = (
         above("accuracy by length", "eval_length_slope", 0.3, length),
         below("accuracy by shortness", "eval_length_slope", -0.3, short),

@@ -242,7 +242,10 @@ class Scorers:
         for end in dict.fromkeys(ends.tolist()):
             at = np.flatnonzero(ends == end)
             part = rollouts if len(at) == len(rollouts) else rollouts.select(at)
-            scores[at] = model.score_tokens(part.tokens, part.offsets, end_id=end)
+            # Only what looks at steps has to know where the answer begins.
+            by_steps = isinstance(model, RewardModel) and model.step_separator is not None
+            more = {"prompt_lengths": part.prompt_lengths} if by_steps else {}
+            scores[at] = model.score_tokens(part.tokens, part.offsets, end_id=end, **more)
         return scores
 
     def _require_tokens(self, model: TokenScorer, source: str) -> None:
