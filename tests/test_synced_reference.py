@@ -182,7 +182,8 @@ def test_off_it_is_the_model_that_the_run_began_with(
 def test_preferences_are_compared_with_the_reference_of_the_moment(inputs: Path, loss: str) -> None:
     """With alpha 1 the reference is the policy after each move: the next step has no margin. What is held out knows the start alone."""
     fixed = AT["dpo"](inputs, logging_steps=1, loss_type=(loss,), loss_weights=())
-    fixed = dataclasses.replace(fixed, learning_rate=1e-2, eval_steps=1)
+    # Steps of so many rows see each of them several times.
+    fixed = dataclasses.replace(fixed, per_device_train_batch_size=40, learning_rate=1e-2, eval_steps=1)
     moving = dataclasses.replace(
         fixed, sync_ref_model=True, ref_model_sync_steps=3, ref_model_mixup_alpha=1.0, output=str(inputs / "other")
     )
@@ -194,8 +195,9 @@ def test_preferences_are_compared_with_the_reference_of_the_moment(inputs: Path,
     assert all(margins[True][step] < 1e-6 for step in (1, 4, 7, 10))
     assert all(margins[True][step] > 1e-4 for step in (2, 3, 5, 6, 8, 9))
     assert all(margins[False][step] > 1e-4 for step in range(2, 11))
-    held_out = [line["eval_rewards/margins"] for line in history[True] if "eval_rewards/margins" in line]
-    assert all(abs(margin) > 1e-4 for margin in held_out[1:])
+    held_out = [line for line in history[True] if line.get("eval_rewards/margins") is not None and line["step"]]
+    assert len(held_out) == 10
+    assert all(abs(line["eval_rewards/margins"]) > 1e-4 and abs(line["eval_kl"]) > 1e-4 for line in held_out)
 
 
 @pytest.mark.parametrize("inputs", ["grpo"], indirect=True)
