@@ -16,8 +16,8 @@ from ingot.errors import CheckpointError
 from ingot.models import load_model
 from ingot.training.callbacks import Callback
 from ingot.training.metrics import MetricsLog
-from ingot.training.progress import SilentDisplay
 from ingot.training.preferences import prepare_preferences
+from ingot.training.progress import SilentDisplay
 from ingot.training.reference_logprobs import REFERENCE_FILE, ReferenceLogprobs
 from killable_dpo import pairs, write_chat_model, write_rows
 
@@ -82,7 +82,9 @@ def test_it_learns_above_the_model_and_resumes_with_the_same_bits(tmp_path: Path
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_what_an_adapter_learned_before_is_in_the_reference(tmp_path: Path, lora_rank: int) -> None:
     base = write_chat_model(tmp_path / "base")
-    talk = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]} for n in range(40)]
+    talk = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]} for n in range(40)
+    ]
     tuned = SFTConfig(
         model=str(base),
         data=(write_rows(tmp_path / "talk.jsonl", talk),),
@@ -110,5 +112,7 @@ def test_what_an_adapter_learned_before_is_in_the_reference(tmp_path: Path, lora
     assert np.abs(stored - found["base"].values).max() > 0.1
 
     # The adapter's own folder lacks what it lies on.
-    with pytest.raises(CheckpointError, match=r"sft.adapter: holds an adapter without the weights below it: give .*sft, which"):
+    with pytest.raises(
+        CheckpointError, match=r"sft.adapter: holds an adapter without the weights below it: give .*sft, which"
+    ):
         ingot.dpo(dataclasses.replace(config, model=str(tmp_path / "sft" / "adapter")), quiet=True)

@@ -145,18 +145,20 @@ def test_a_run_is_held_to_the_mixture(inputs: Path, phase: str, lora: bool) -> N
     assert synced == [(3, 1), (6, 2), (9, 3)]
     expected = {name: each.astype(np.float64) for name, each in ingot.load_model(inputs / "base").state().items()}
     for step, _ in synced:
-        expected = {name: 0.7 * weighs.after[step][name].astype(np.float64) + 0.3 * each for name, each in expected.items()}
+        expected = {
+            name: 0.7 * weighs.after[step][name].astype(np.float64) + 0.3 * each for name, each in expected.items()
+        }
     found = load_file(result.output / "checkpoint-10" / SYNCED_FILE)
     for name, each in expected.items():
         np.testing.assert_allclose(found[name], each, rtol=1e-5, atol=1e-6, err_msg=name)
-    moved = max(float(np.abs(found[name] - each).max()) for name, each in ingot.load_model(inputs / "base").state().items())
+    moved = max(
+        float(np.abs(found[name] - each).max()) for name, each in ingot.load_model(inputs / "base").state().items()
+    )
     assert moved > 1e-3, "the policy has to learn for this to show anything"
 
 
 @pytest.mark.parametrize(("inputs", "phase"), PHASES, indirect=["inputs"])
-def test_off_it_is_the_model_that_the_run_began_with(
-    inputs: Path, phase: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_off_it_is_the_model_that_the_run_began_with(inputs: Path, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from ingot.training import synced_reference
 
     seen: list[Any] = []
@@ -169,7 +171,7 @@ def test_off_it_is_the_model_that_the_run_began_with(
     monkeypatch.setattr(synced_reference.SyncedReference, "__init__", spy)
     config = AT[phase](inputs, logging_steps=1)
     result = getattr(ingot, phase)(config, quiet=True)
-    (kept, before), = seen
+    ((kept, before),) = seen
     assert {name: each.tobytes() for name, each in kept.model.state().items()} == before
     assert {name: each.tobytes() for name, each in result.model.state().items()} != before
     assert result.history[-1]["step"] == 10
@@ -257,7 +259,10 @@ def test_killed_between_two_moves_and_resumed_it_ends_with_the_same_bits(inputs:
     saved = [n for n, name in enumerate(points) if name.startswith("manifest")]
     folder = inputs / "killed" / "run"
     # While the first checkpoint with a moved reference is written; then with one there, after the next move.
-    for kill_at in (saved[0], next(n for n in range(saved[0] + 8, len(points)) if points[n] == "metrics.jsonl: appended")):
+    for kill_at in (
+        saved[0],
+        next(n for n in range(saved[0] + 8, len(points)) if points[n] == "metrics.jsonl: appended"),
+    ):
         assert run(folder, kill_at) == -9, "the run was over before it was killed"
     assert run(folder) == 0
     assert snapshot(folder) == expected

@@ -56,7 +56,7 @@ from ingot.training.preferences import (
 )
 from ingot.training.progress import Display, duration, make_display
 from ingot.training.reference_logprobs import ReferenceLogprobs, reference_logprobs, sequence_logprobs
-from ingot.training.rollouts import banned_ids_of, recompute_logprobs, sample_rollouts
+from ingot.training.rollouts import as_read_by, banned_ids_of, recompute_logprobs, sample_rollouts
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.synced_reference import SyncedReference
@@ -729,7 +729,8 @@ class _Run(Trainer[DPOConfig]):
             seed=config.seed,
             banned_ids=self.banned_ids,
         )
-        ref_logprobs = recompute_logprobs(self.reference, rollouts)
+        read = as_read_by(self.reference, rollouts, self.tokenizer, self.preferences.encoder.end_ids)
+        ref_logprobs = recompute_logprobs(self.reference, read)
         distance = sum_by_sequence(f64(rollouts.logprobs) - f64(ref_logprobs), rollouts.targets, rollouts.offsets)
         texts = [self.tokenizer.decode(rollouts.completion_ids(number).tolist()) for number in range(len(rollouts))]
         for number, prompt in enumerate(self.prompts):

@@ -370,7 +370,14 @@ class Trainer(Generic[ConfigT]):
             self.folder.metrics.sync()
             self.folder.samples.sync()
             path = write_checkpoint(
-                self.folder.path, state.step, self.saved, self.tokenizer, fields, versions(), self.encoder, self.save_more
+                self.folder.path,
+                state.step,
+                self.saved,
+                self.tokenizer,
+                fields,
+                versions(),
+                self.encoder,
+                self.save_more,
             )
         except OSError as error:
             state.best_saved_loss, state.best_saved_step = before
