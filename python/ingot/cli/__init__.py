@@ -126,6 +126,9 @@ def parse_flags(
     """Build ``command`` from flags with tyro; wrong usage prints why, with the nearest flag, and exits with 2."""
     import tyro
 
+    from ingot.cli.settings import put_needed_first
+
+    put_needed_first(command)
     if default is None:
         return tyro.cli(command, prog=prog, args=list(arguments))
     return tyro.cli(command, prog=prog, args=list(arguments), default=default)

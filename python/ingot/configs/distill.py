@@ -26,9 +26,7 @@ class DistillConfig(LoraConfig, TrainingConfig):
     """Share of the steps in which the student answers and the teacher says of each token how likely it is to it; in the others the
     teacher answers and the student learns its words. 1: on-policy, 0: sequence-level."""
     beta: float | None = None
-    """Compare the two models' whole distributions at each token of an answer, whoever wrote it, instead of looking at its own token alone: 0
-    for KL(teacher || student), 1 for KL(student || teacher), between them the generalized Jensen-Shannon divergence (GKD's beta). Far less
-    noise, for time and memory that grow with the vocabulary. None for the answer's own tokens."""
+    """Compare the two models' whole distributions at each token of an answer, whoever wrote it, instead of looking at its own token alone: 0 for KL(teacher || student), 1 for KL(student || teacher), between them the generalized Jensen-Shannon divergence (GKD's beta). Far less noise, for time that grows with the vocabulary. None for the answer's own tokens."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     temperature: float = 1.0
