@@ -24,7 +24,7 @@ from ingot.tokenizer import Tokenizer
 from ingot.training import distill as phase
 from ingot.training.progress import SilentDisplay
 from ingot.training.rollouts import recompute_logprobs
-from ingot.training.teaching import prepare_prompts
+from ingot.training.teaching import prepare_lessons
 from ingot.training.verdicts import Verdict, read_verdict, write_verdict
 from killable_distill import child
 from killable_dpo import write_chat_model, write_rows
@@ -57,8 +57,8 @@ def test_a_step_is_the_formula(place, lmbda):
     for pack_length in (4096, 60):
         config = config_at(place, lmbda=lmbda, pack_length=pack_length)
         student, teacher = load_model(config.model, threads=1), load_model(config.teacher, threads=1)
-        prompts = prepare_prompts(config, None, student.config, None, SilentDisplay())
-        metrics, rollouts = phase._learn(config, prompts, student, teacher, 3)
+        lessons = prepare_lessons(config, None, student.config, None, SilentDisplay())
+        metrics, rollouts = phase._learn(config, lessons, student, 3)
         found.append((metrics, {name: np.array(value) for name, value in student.gradients.items()}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     own, theirs = recompute_logprobs(student, rollouts), recompute_logprobs(teacher, rollouts)
@@ -92,11 +92,11 @@ def test_a_step_on_whole_distributions_is_the_formula(place, lmbda, beta, monkey
     write_chat_model(place / "teacher", seed=8, initializer_range=0.25, vocab_size=270)
     config = config_at(place, lmbda=lmbda, beta=beta, temperature=0.8)
     student, teacher = load_model(config.model, threads=1), load_model(config.teacher, threads=1)
-    prompts = prepare_prompts(config, None, student.config, None, SilentDisplay())
-    metrics, rollouts = phase._learn(config, prompts, student, teacher, 3)
+    lessons = prepare_lessons(config, None, student.config, None, SilentDisplay())
+    metrics, rollouts = phase._learn(config, lessons, student, 3)
     gradients = {name: np.array(value) for name, value in student.gradients.items()}
     rows = np.flatnonzero(rollouts.mask)
-    allowed = np.setdiff1d(np.arange(prompts.encoder.tokenizer.vocab_size), rollouts.banned_ids)
+    allowed = np.setdiff1d(np.arange(lessons.encoder.tokenizer.vocab_size), rollouts.banned_ids)
     logprobs = []
     for model in (student, teacher):
         _, out = model.forward(
@@ -119,14 +119,14 @@ def test_a_step_on_whole_distributions_is_the_formula(place, lmbda, beta, monkey
         ends = []
         for sign in (1, -1):
             student.load_state({name: values + np.float32(sign * 1e-3) * way[name] for name, values in state.items()})
-            ends.append(phase._compare(config, prompts, student, teacher, rollouts)["loss"])
+            ends.append(phase._compare(config, lessons, student, rollouts)["loss"])
         slope = sum(float((gradients[name].astype(float) * way[name]).sum()) for name in way)
         assert (ends[0] - ends[1]) / 2e-3 == pytest.approx(slope, rel=2e-2, abs=2e-3)
 
     student.load_state(state)
     monkeypatch.setattr(phase, "_COMPARED", 40 * len(allowed))
     student.zero_grad()
-    again = phase._compare(config, prompts, student, teacher, rollouts)
+    again = phase._compare(config, lessons, student, rollouts)
     assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
     for name, gradient in student.gradients.items():
         np.testing.assert_allclose(gradient, gradients[name], atol=1e-5 * max(1e-2, np.abs(gradient).max()))

@@ -16,12 +16,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ingot.configs import DistillConfig, ModelConfig
+from ingot.configs import DistillConfig
 from ingot.data.batches import mix
 from ingot.data.keys import uniform
 from ingot.inference.intervals import Z_95
@@ -32,12 +31,11 @@ from ingot.losses.policy import reinforce_loss
 from ingot.models.base import IntArray, Sampling
 from ingot.training.alarms import Rule, below_share_of_start, drifted
 from ingot.training.callbacks import Callback
-from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
-from ingot.training.lora import attach_adapter
-from ingot.training.progress import Display, make_display
+from ingot.training.phases import RowsPhase
+from ingot.training.progress import Display
 from ingot.training.rollouts import (
     Progress,
     Rollouts,
@@ -49,9 +47,9 @@ from ingot.training.rollouts import (
 )
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
-from ingot.training.teaching import Prompts, make_student, make_teacher, prepare_prompts, student_shape
-from ingot.training.trainer import Trainer, TrainingResult, begin, measure, saved_config, saved_state, shown
-from ingot.training.verdicts import Verdict, require_passed, write_verdict
+from ingot.training.teaching import Lessons, make_student, prepare_lessons, student_shape
+from ingot.training.trainer import Trainer, TrainingResult, measure
+from ingot.training.verdicts import Verdict, write_verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
@@ -91,83 +89,13 @@ def distill(
     KeyboardInterrupt
         Ctrl-C, after saving.
     """
-    display = make_display(quiet)
-    rows = None if data is None else list(data)
-    shape = student_shape(config)
-    for folder in (config.model, config.teacher):
-        require_passed(folder, force=force, display=display)
-    if dry_run:
-        prompts = prepare_prompts(config, None, shape, rows, display)
-        student, teacher = make_student(config, prompts, None), make_teacher(config)
-        attach_adapter(config, student, {})
-        _decide(config, prompts, student, teacher, {}, 0, display)
-        return TrainingResult([], student, prompts.encoder.tokenizer, Path(config.output), None, None)
-    with RunFolder.create(config.output, "distill", config.to_dict()) as run:
-        return _train(run, config, rows, callbacks, display)
-
-
-def resume(
-    folder: str | Path,
-    *,
-    max_steps: int | None = None,
-    threads: int | None = None,
-    level: str | None = None,
-    data: Rows = None,
-    callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
-) -> TrainingResult:
-    """Go on with a run from its newest whole checkpoint, or from step 0 where there is none. The teacher must still be there.
-
-    Parameters
-    ----------
-    max_steps
-        A new end; extends a finished run. The schedule is stretched to it.
-    threads, level
-        Other than the run began with. Threads change nothing but speed; another instruction level changes the last bits.
-    data
-        The same rows again, where the run was given them by a program.
-
-    Raises
-    ------
-    IngotError
-        As :func:`distill`; also where there is no run, it is finished, or none of its checkpoints is whole.
-    """
-    display = make_display(quiet)
-    with RunFolder.open(folder) as run:
-        run.require_kind("distill")
-        config = saved_config(run, folder, DistillConfig, max_steps=max_steps, threads=threads, level=level)
-        return _train(run, config, None if data is None else list(data), callbacks, display)
-
-
-def _train(
-    folder: RunFolder, config: DistillConfig, rows: Rows, callbacks: Sequence[Callback], display: Display
-) -> TrainingResult:
-    """Prepare, restore, decide, loop."""
-    with shown(folder, display):
-        known_shape = folder.facts.get("model_config")
-        shape = ModelConfig.from_dict(known_shape) if known_shape else student_shape(config)
-        prompts = prepare_prompts(config, folder, shape, rows, display)
-        folder.facts["data"] = prompts.facts
-        checkpoint = newest_usable(folder.path, display.say)
-        # An adapter's checkpoint lacks the weights below it.
-        student = make_student(config, prompts, shape if checkpoint and not config.lora_rank else None)
-        attach_adapter(config, student, folder.facts)
-        teacher = make_teacher(config)
-        folder.facts["model_config"] = student.config.to_dict()
-        state = saved_state(folder, checkpoint)
-        known = folder.facts.get("decisions", {})
-        decisions, cost = _decide(config, prompts, student, teacher, known, state.step, display)
-        begin(folder, config, student, decisions, state, checkpoint, display)
-        run = _Run(folder, config, prompts, student, teacher, state, decisions, cost, display, callbacks)
-        run.loop()
-    return run.result()
+    return _PHASE.start(config, data, callbacks, dry_run=dry_run, quiet=quiet, force=force)
 
 
 def _decide(
     config: DistillConfig,
-    prompts: Prompts,
+    lessons: Lessons,
     student: ModelProtocol,
-    teacher: ModelProtocol,
     known: dict[str, Any],
     done: int,
     display: Display,
@@ -176,20 +104,21 @@ def _decide(
     tokens: list[int] = []
 
     def step() -> None:
-        _, rollouts = _learn(config, prompts, student, teacher, 0)
+        _, rollouts = _learn(config, lessons, student, 0)
         tokens.append(len(rollouts.tokens))
         student.step(0.0, clip_norm=config.max_grad_norm or None)
 
-    sample = prompts.held_out[: config.per_device_train_batch_size]
+    sample = lessons.held_out[: config.per_device_train_batch_size]
 
     def evaluate() -> None:
-        said = _answers(config, prompts, student, sample, config.seed)
-        recompute_logprobs(teacher, _read_by(teacher, prompts, said), max_tokens=prompts.pack_length)
+        said = _answers(config, lessons, student, sample, config.seed)
+        said = _read_by(lessons.teacher, lessons, said)
+        recompute_logprobs(lessons.teacher, said, max_tokens=lessons.pack_length)
 
-    batches = -(-len(prompts.held_out) // config.per_device_train_batch_size)
+    batches = -(-len(lessons.held_out) // config.per_device_train_batch_size)
     probe = measure(config, student, step, 1, evaluate if sample else None, batches)
     probe = dataclasses.replace(probe, step_tokens=max(1, tokens[0]))
-    epoch = -(-len(prompts.train) // config.per_device_train_batch_size)
+    epoch = -(-len(lessons.train) // config.per_device_train_batch_size)
     decisions, cost = decide(
         config, student, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch
     )
@@ -202,7 +131,8 @@ def _decide(
         done,
         display,
         kind="prompts",
-        data=f"{len(prompts.train):,} prompts; {prompts.facts['split']}; teacher {config.teacher} of {teacher.num_parameters:,} parameters",
+        data=f"{len(lessons.train):,} prompts; {lessons.facts['split']}; "
+        f"teacher {config.teacher} of {lessons.teacher.num_parameters:,} parameters",
         shape=f"{config.per_device_train_batch_size} answers",
         passes=(decisions.max_steps - done) / epoch,
     )
@@ -214,9 +144,8 @@ def _decide(
 
 def _learn(
     config: DistillConfig,
-    prompts: Prompts,
+    lessons: Lessons,
     student: ModelProtocol,
-    teacher: ModelProtocol,
     step: int,
     progress: Progress | None = None,
 ) -> tuple[Metrics, Rollouts]:
@@ -225,18 +154,18 @@ def _learn(
     count = config.per_device_train_batch_size
     rollouts = _answers(
         config,
-        prompts,
-        student if on_policy else teacher,
-        prompts.take(step, count),
+        lessons,
+        student if on_policy else lessons.teacher,
+        lessons.take(step, count),
         config.seed,
         first_episode=step * count,
         progress=progress,
     )
     student.zero_grad()
     found = (
-        _compare(config, prompts, student, teacher, rollouts)
+        _compare(config, lessons, student, rollouts)
         if config.beta is not None
-        else _follow(config, prompts, student, teacher, rollouts, on_policy=on_policy)
+        else _follow(config, lessons, student, rollouts, on_policy=on_policy)
     )
     found["on_policy"] = float(on_policy)
     drawn = rollouts.metrics()
@@ -246,9 +175,8 @@ def _learn(
 
 def _follow(
     config: DistillConfig,
-    prompts: Prompts,
+    lessons: Lessons,
     student: ModelProtocol,
-    teacher: ModelProtocol,
     rollouts: Rollouts,
     *,
     on_policy: bool,
@@ -257,10 +185,11 @@ def _follow(
     weights = rollouts.mask / np.count_nonzero(rollouts.mask)
     scored = None
     if on_policy:
-        scored = recompute_logprobs(teacher, _read_by(teacher, prompts, rollouts), max_tokens=prompts.pack_length)
-    rollouts = _read_by(student, prompts, rollouts)
+        read = _read_by(lessons.teacher, lessons, rollouts)
+        scored = recompute_logprobs(lessons.teacher, read, max_tokens=lessons.pack_length)
+    rollouts = _read_by(student, lessons, rollouts)
     parts = []
-    for episodes, rows in packs(rollouts, prompts.pack_length):
+    for episodes, rows in packs(rollouts, lessons.pack_length):
         targets = rollouts.targets[rows]
         ctx, out = student.forward(
             rollouts.tokens[rows],
@@ -294,35 +223,32 @@ _COMPARED = 1 << 22
 """Pairs of probabilities that are held at a time, about; an answer's are always together."""
 
 
-def _compare(
-    config: DistillConfig, prompts: Prompts, student: ModelProtocol, teacher: ModelProtocol, rollouts: Rollouts
-) -> Metrics:
+def _compare(config: DistillConfig, lessons: Lessons, student: ModelProtocol, rollouts: Rollouts) -> Metrics:
     """Gradients from the two whole distributions at each token of the answers."""
     assert config.beta is not None
     weights = rollouts.mask / np.count_nonzero(rollouts.mask)
-    by_student, by_teacher = (_read_by(model, prompts, rollouts) for model in (student, teacher))
+    models = lessons.teacher, student
+    banned = [_read_by(model, lessons, rollouts).banned_ids for model in models]
     # All that may follow: the same ids for both.
-    ids = np.setdiff1d(np.arange(prompts.encoder.tokenizer.vocab_size, dtype=np.int32), by_student.banned_ids)
+    ids = np.setdiff1d(np.arange(lessons.encoder.tokenizer.vocab_size, dtype=np.int32), banned[1])
     parts = []
-    for episodes, rows in packs(rollouts, min(prompts.pack_length, max(1, _COMPARED // len(ids)))):
+    for episodes, rows in packs(rollouts, min(lessons.pack_length, max(1, _COMPARED // len(ids)))):
         mask = rollouts.mask[rows]
         offsets = rollouts.offsets[episodes.start : episodes.stop + 1] - rollouts.offsets[episodes.start]
         candidates = np.concatenate([[0], np.cumsum(mask * len(ids))]), np.tile(ids, int(np.count_nonzero(mask)))
-        passes = []
-        for model, read in ((teacher, by_teacher), (student, by_student)):
-            passes.append(
-                model.forward(
-                    rollouts.tokens[rows],
-                    offsets,
-                    rollouts.targets[rows],
-                    want=("candidate_logprobs",),
-                    candidates=candidates,
-                    temperature=rollouts.temperature,
-                    banned_ids=read.banned_ids,
-                    train=model is student,
-                )
+        (_, taught), (ctx, said) = (
+            model.forward(
+                rollouts.tokens[rows],
+                offsets,
+                rollouts.targets[rows],
+                want=("candidate_logprobs",),
+                candidates=candidates,
+                temperature=rollouts.temperature,
+                banned_ids=never,
+                train=model is student,
             )
-        (_, taught), (ctx, said) = passes
+            for model, never in zip(models, banned, strict=True)
+        )
         _, d_candidates, metrics = generalized_jsd_loss(
             said.candidate_logprobs, taught.candidate_logprobs, candidates[0], weights[rows], beta=config.beta
         )
@@ -332,13 +258,13 @@ def _compare(
     return add_metrics(parts)
 
 
-def _read_by(model: ModelProtocol, prompts: Prompts, rollouts: Rollouts) -> Rollouts:
-    return as_read_by(model, rollouts, prompts.encoder.tokenizer, prompts.encoder.end_ids)
+def _read_by(model: ModelProtocol, lessons: Lessons, rollouts: Rollouts) -> Rollouts:
+    return as_read_by(model, rollouts, lessons.encoder.tokenizer, lessons.encoder.end_ids)
 
 
 def _answers(
     config: DistillConfig,
-    prompts: Prompts,
+    lessons: Lessons,
     model: ModelProtocol,
     asked: Sequence[IntArray],
     seed: int,
@@ -346,16 +272,16 @@ def _answers(
     first_episode: int = 0,
     progress: Progress | None = None,
 ) -> Rollouts:
-    tokenizer = prompts.encoder.tokenizer
+    tokenizer = lessons.encoder.tokenizer
     return sample_rollouts(
         model,
         asked,
         max_new_tokens=config.max_new_tokens,
-        end_ids=prompts.encoder.end_ids,
+        end_ids=lessons.encoder.end_ids,
         seed=seed,
         episode_ids=np.arange(first_episode, first_episode + len(asked), dtype=np.int64),
         sampling=Sampling(temperature=config.temperature),
-        banned_ids=banned_ids_of(tokenizer, model.config.vocab_size, prompts.encoder.end_ids),
+        banned_ids=banned_ids_of(tokenizer, model.config.vocab_size, lessons.encoder.end_ids),
         progress=progress,
     )
 
@@ -381,9 +307,8 @@ class _Run(Trainer[DistillConfig]):
         self,
         folder: RunFolder,
         config: DistillConfig,
-        prompts: Prompts,
+        lessons: Lessons,
         student: ModelProtocol,
-        teacher: ModelProtocol,
         state: State,
         decisions: Decisions,
         cost: Cost,
@@ -394,21 +319,21 @@ class _Run(Trainer[DistillConfig]):
             folder,
             config,
             student,
-            prompts.encoder.tokenizer,
+            lessons.encoder.tokenizer,
             state,
             decisions,
             cost,
             display,
             callbacks,
-            max_length=max(map(len, prompts.train)) + config.max_new_tokens,
-            encoder=prompts.encoder,
+            max_length=max(map(len, lessons.train)) + config.max_new_tokens,
+            encoder=lessons.encoder,
             rules=_rules(),
         )
-        self.prompts = prompts
-        self.teacher = teacher
+        self.lessons = lessons
+        self.teacher = lessons.teacher
         # The same ones each time; what the teacher says to them is drawn once.
         limit = decisions.eval_batches
-        self.held_out = prompts.held_out[: None if limit is None else limit * config.per_device_train_batch_size]
+        self.held_out = lessons.held_out[: None if limit is None else limit * config.per_device_train_batch_size]
         self.taught: Rollouts | None = None
 
     def loop(self) -> None:
@@ -438,11 +363,11 @@ class _Run(Trainer[DistillConfig]):
         state, config = self.state, self.config
         began = time.perf_counter()
         rate = self.learning_rate()
-        metrics, rollouts = _learn(config, self.prompts, self.model, self.teacher, state.step, self.alive)
+        metrics, rollouts = _learn(config, self.lessons, self.model, state.step, self.alive)
         info = self.model.step(rate, clip_norm=config.max_grad_norm or None)
         self.count(metrics["loss"], info, len(rollouts.tokens), began)
         if self.due(config.logging_steps):
-            epoch = state.step * config.per_device_train_batch_size / len(self.prompts.train)
+            epoch = state.step * config.per_device_train_batch_size / len(self.lessons.train)
             shown = {name: value for name, value in metrics.items() if name != "loss"}
             shown["time/episodes_per_s"] = len(rollouts) / (time.perf_counter() - began)
             self.log(epoch, info.grad_norm, rate, **shown)
@@ -465,7 +390,7 @@ class _Run(Trainer[DistillConfig]):
         except _Stopped:
             return
         taught = self.taught
-        read = (_read_by(self.teacher, self.prompts, said), _read_by(self.model, self.prompts, taught))
+        read = _read_by(self.teacher, self.lessons, said), _read_by(self.model, self.lessons, taught)
         each, reverse, reverse_se = _distance(said.logprobs, recompute_logprobs(self.teacher, read[0]), said)
         _, forward, forward_se = _distance(taught.logprobs, recompute_logprobs(self.model, read[1]), taught)
         drawn, wanted = said.metrics(), taught.metrics()
@@ -508,7 +433,7 @@ class _Run(Trainer[DistillConfig]):
     def answer(self, model: ModelProtocol, stream: int) -> Rollouts:
         """Answers to the held-out prompts."""
         seed = mix(self.config.seed, stream)
-        return _answers(self.config, self.prompts, model, self.held_out, seed, progress=self.alive)
+        return _answers(self.config, self.lessons, model, self.held_out, seed, progress=self.alive)
 
     def judge(self) -> None:
         """The verdict, which the next stage reads."""
@@ -579,3 +504,17 @@ def verdict_of(history: Sequence[dict[str, Any]], best_step: int | None, name: s
     for key in ("reverse_kl", "forward_kl", "eos_rate", "completions/mean_length"):
         figures |= {f"{key}_before": start[f"eval_{key}"], f"{key}_after": end[f"eval_{key}"]}
     return Verdict(passed=fall > margin and ends, sentences=sentences, figures=figures, advice=" ".join(advice))
+
+
+_PHASE = RowsPhase(
+    kind="distill",
+    config=DistillConfig,
+    shape=student_shape,
+    prepare=prepare_lessons,
+    make_model=make_student,
+    decide=_decide,
+    trainer=_Run,
+    builds_on=lambda config: (config.model, config.teacher),
+)
+
+resume = _PHASE.resume

@@ -55,21 +55,17 @@ def student_shape(config: DistillConfig) -> ModelConfig:
     return shapes[0]
 
 
-def make_student(config: DistillConfig, prompts: Prompts, known: ModelConfig | None) -> ModelProtocol:
+def make_student(config: DistillConfig, lessons: Lessons, known: ModelConfig | None) -> ModelProtocol:
     """The model to start from, without dropout; of shape ``known`` where weights are restored from a checkpoint."""
     if known is not None:
         return Model(known, seed=config.seed, **config.place)
     shape = student_shape(config)
-    require_memory(shape, prompts.pack_length, memory_limit(), num_trained(config, shape))
+    require_memory(shape, lessons.pack_length, memory_limit(), num_trained(config, shape))
     return _load(config.model, config)
 
 
-def make_teacher(config: DistillConfig) -> ModelProtocol:
-    """The model to learn from, without dropout. Forward passes only."""
-    return _load(config.teacher, config)
-
-
 def _load(folder: str, config: DistillConfig) -> ModelProtocol:
+    """Without dropout."""
     model = load_model(folder, **config.place)
     if model.config.dropout:
         same = Model(dataclasses.replace(model.config, dropout=0.0), seed=config.seed, **config.place)
@@ -79,8 +75,11 @@ def _load(folder: str, config: DistillConfig) -> ModelProtocol:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
-    """What is asked."""
+class Lessons:
+    """What is asked, and who knows better."""
+
+    teacher: ModelProtocol
+    """Forward passes only."""
 
     encoder: ChatEncoder
     """Template and tokenizer of the student, which are used for both models."""
@@ -104,10 +103,10 @@ class Prompts:
         return chosen
 
 
-def prepare_prompts(
+def prepare_lessons(
     config: DistillConfig, folder: RunFolder | None, shape: ModelConfig, rows: Rows, display: Display
-) -> Prompts:
-    """Read, encode and divide the prompts.
+) -> Lessons:
+    """Read, encode and divide the prompts, and load the teacher.
 
     Parameters
     ----------
@@ -216,4 +215,5 @@ def prepare_prompts(
     }
     if folder is not None and not saved:
         folder.save_tokenizer(tokenizer, encoder)
-    return Prompts(encoder, train, held_out, pack_length, config.seed, facts)
+    teacher = _load(config.teacher, config)
+    return Lessons(teacher, encoder, train, held_out, pack_length, config.seed, facts)
