@@ -16,7 +16,7 @@ class SyncConfig(RunConfig):
     """What phases are told that hold the policy to a reference: whether that stays where the run began, or follows."""
 
     sync_ref_model: bool = False
-    """Let the reference follow the policy, which may then go further than the KL to the start allows (TR-DPO, Gorbatovski et al. 2024). Held-out figures stay measured against the reference that the run began with. Takes memory for two more copies of the weights."""
+    """Let the reference follow the policy, which may then go further than the KL to the start allows (TR-DPO, Gorbatovski et al. 2024). Held-out figures stay measured against the reference that the run began with. Takes memory for one more copy of the weights."""
     ref_model_mixup_alpha: float = _MIXUP_ALPHA
     """How far it goes at a time: reference = alpha * policy + (1 - alpha) * reference, weight by weight; 1 makes it the policy of that moment."""
     ref_model_sync_steps: int = _SYNC_STEPS
