@@ -269,9 +269,9 @@ def test_cache_is_listed_and_cleared(workshop, capsys):
     folder = workshop / ".cache"
     code, out, _ = run(capsys, "cache", "--folder", folder)
     assert code == 0
-    assert "token files" in out
+    assert "tokenized data in" in out
     assert run(capsys, "cache", "--folder", folder, "--clear")[0] == 0
-    assert "0 token files" in run(capsys, "cache", "--folder", folder)[1]
+    assert "0 files of tokenized data" in run(capsys, "cache", "--folder", folder)[1]
 
 
 @pytest.mark.parametrize(

@@ -290,8 +290,8 @@ def test_on_the_command_line(place, capsys):
     [
         ([{"text": "a"}], {}, r"row 1: has the columns text, not those of prompt-only"),
         ([{"prompt": ""}], {}, r'row 1: field "prompt" is empty'),
-        ([{"prompt": "q" * 95}], {}, r"none of 1 prompts has 90 tokens or fewer"),
-        ([{"prompt": "q"}] * 9, {}, r"9 prompts are too few to hold 30 % of them out"),
+        ([{"prompt": "q" * 95}], {}, r"none of 1 prompts fits: the shortest has \d+ tokens and there is room for 90"),
+        ([{"prompt": "q"}] * 9, {}, r"9 prompts, 1 of them different, are too few to hold 30 % out"),
         (None, {"model": ""}, r"no model to start from: give --model"),
         (None, {"teacher": ""}, r"nobody to learn from: give --teacher"),
         (None, {"teacher": "nowhere"}, r"nowhere: no such folder"),

@@ -59,7 +59,7 @@ COMMANDS: dict[str, Entry] = {
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
     "chat": Entry("chat", "Chat", "talk with a model; its answers appear as they are written"),
-    "cache": Entry("cache", "Cache", "list or clear the token files kept between runs"),
+    "cache": Entry("cache", "Cache", "list or clear the tokenized data kept between runs"),
     "env": Entry("environment", "Environment", "a report on this machine and installation, to paste into a question"),
 }
 

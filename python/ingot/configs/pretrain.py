@@ -53,8 +53,6 @@ class PretrainConfig(TrainingConfig):
     """Length of that sample; 0 for none."""
     seed: int = 0
     """Of the initial weights, the order of the data, dropout and samples."""
-    cache_dir: str | None = None
-    """Where token files are kept for the next run; .cache in the output folder's parent unless given."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "gradient_accumulation_steps"):

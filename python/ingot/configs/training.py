@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from ingot.configs.checks import check_keys, parse_duration, require
@@ -62,6 +63,8 @@ class RunConfig:
     """Steps between two checkpoints; as eval_steps unless given."""
     save_total_limit: int = 2
     """Keep this many of the newest checkpoints, and the best one."""
+    cache_dir: str | None = None
+    """Where tokenized data are kept for the next run; .cache in the output folder's parent unless given."""
     seed: int = 0
     """Of new weights, the order of the data, dropout and samples."""
     backend: Backend = "native"
@@ -101,6 +104,11 @@ class RunConfig:
         """Where and how the network is computed, as :func:`ingot.Model` and :func:`ingot.load_model` take it."""
         names = ("backend", "device", "threads", "level", "precision")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenized data are kept."""
+        return Path(self.output).parent / ".cache" if self.cache_dir is None else Path(self.cache_dir)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, in the shape that a TOML file has: what is None by default is left out, another None is "none"."""

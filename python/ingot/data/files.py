@@ -9,10 +9,11 @@ import importlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from ingot.durable import file_sha256
 from ingot.errors import DataError
 
 Progress = Callable[[int, int], object]
@@ -56,6 +57,16 @@ def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     if suffix == ".zst":
         return cast(BinaryIO, io.BufferedReader(_Zstandard(raw), _CHUNK_BYTES))
     return raw
+
+
+def file_hashes(paths: Sequence[str | Path]) -> dict[str, str]:
+    """sha256, as hex, of each of these files as it lies on the disk."""
+    return {str(path): file_sha256(Path(path)) for path in paths}
+
+
+def changed_files(paths: Sequence[str], known: Mapping[str, str]) -> list[str]:
+    """Which of these files are not as they were when their hashes were taken; all of them where none stands out."""
+    return [path for path, found in file_hashes(paths).items() if known.get(path) != found] or list(paths)
 
 
 def json_items(path: Path, progress: Progress | None = None) -> Iterator[tuple[int, Any]]:

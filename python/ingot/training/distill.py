@@ -23,7 +23,7 @@ import numpy as np
 from ingot.configs import DistillConfig
 from ingot.data.batches import mix
 from ingot.data.keys import uniform
-from ingot.inference.intervals import Z_95
+from ingot.inference.intervals import Z_95, mean_of
 from ingot.losses.distillation import generalized_jsd_loss, reverse_kl_advantages
 from ingot.losses.numerics import Float64, Floats, Metrics, f64
 from ingot.losses.packed import add_metrics, sum_by_sequence
@@ -118,7 +118,7 @@ def _decide(
     batches = -(-len(lessons.held_out) // config.per_device_train_batch_size)
     probe = measure(config, student, step, 1, evaluate if sample else None, batches)
     probe = dataclasses.replace(probe, step_tokens=max(1, tokens[0]))
-    epoch = -(-len(lessons.train) // config.per_device_train_batch_size)
+    epoch = -(-len(lessons.prompts.train) // config.per_device_train_batch_size)
     decisions, cost = decide(
         config, student, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch
     )
@@ -131,7 +131,7 @@ def _decide(
         done,
         display,
         kind="prompts",
-        data=f"{len(lessons.train):,} prompts; {lessons.facts['split']}; "
+        data=f"{len(lessons.prompts.train):,} prompts; {lessons.facts['split']}; "
         f"teacher {config.teacher} of {lessons.teacher.num_parameters:,} parameters",
         shape=f"{config.per_device_train_batch_size} answers",
         passes=(decisions.max_steps - done) / epoch,
@@ -286,11 +286,9 @@ def _answers(
     )
 
 
-def _distance(first: Floats, second: Floats, rollouts: Rollouts) -> tuple[Float64, float, float]:
-    """Of each answer sum ln first - ln second, nats; their mean and its standard error."""
-    each = sum_by_sequence(f64(first) - f64(second), rollouts.targets, rollouts.offsets)
-    error = float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
-    return each, float(each.mean()), error
+def _distances(first: Floats, second: Floats, rollouts: Rollouts) -> Float64:
+    """Of each answer sum ln first - ln second, nats, f64 [S]: their mean is the KL."""
+    return sum_by_sequence(f64(first) - f64(second), rollouts.targets, rollouts.offsets)
 
 
 # ---- the run
@@ -325,7 +323,7 @@ class _Run(Trainer[DistillConfig]):
             cost,
             display,
             callbacks,
-            max_length=max(map(len, lessons.train)) + config.max_new_tokens,
+            max_length=lessons.prompts.longest + config.max_new_tokens,
             encoder=lessons.encoder,
             rules=_rules(),
         )
@@ -367,7 +365,7 @@ class _Run(Trainer[DistillConfig]):
         info = self.model.step(rate, clip_norm=config.max_grad_norm or None)
         self.count(metrics["loss"], info, len(rollouts.tokens), began)
         if self.due(config.logging_steps):
-            epoch = state.step * config.per_device_train_batch_size / len(self.lessons.train)
+            epoch = state.step * config.per_device_train_batch_size / len(self.lessons.prompts.train)
             shown = {name: value for name, value in metrics.items() if name != "loss"}
             shown["time/episodes_per_s"] = len(rollouts) / (time.perf_counter() - began)
             self.log(epoch, info.grad_norm, rate, **shown)
@@ -391,17 +389,18 @@ class _Run(Trainer[DistillConfig]):
             return
         taught = self.taught
         read = _read_by(self.teacher, self.lessons, said), _read_by(self.model, self.lessons, taught)
-        each, reverse, reverse_se = _distance(said.logprobs, recompute_logprobs(self.teacher, read[0]), said)
-        _, forward, forward_se = _distance(taught.logprobs, recompute_logprobs(self.model, read[1]), taught)
+        each = _distances(said.logprobs, recompute_logprobs(self.teacher, read[0]), said)
+        reverse = mean_of(each)
+        forward = mean_of(_distances(taught.logprobs, recompute_logprobs(self.model, read[1]), taught))
         drawn, wanted = said.metrics(), taught.metrics()
         metrics: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
-            "eval_loss": reverse if config.lmbda >= 0.5 else forward,
-            "eval_reverse_kl": reverse,
-            "eval_reverse_kl_error": reverse_se,
-            "eval_forward_kl": forward,
-            "eval_forward_kl_error": forward_se,
+            "eval_loss": (reverse if config.lmbda >= 0.5 else forward).value,
+            "eval_reverse_kl": reverse.value,
+            "eval_reverse_kl_error": reverse.error,
+            "eval_forward_kl": forward.value,
+            "eval_forward_kl_error": forward.error,
             "eval_eos_rate": 1.0 - drawn["completions/clipped_ratio"],
             "eval_teacher_eos_rate": 1.0 - wanted["completions/clipped_ratio"],
             "eval_completions/mean_length": drawn["completions/mean_length"],
@@ -423,7 +422,7 @@ class _Run(Trainer[DistillConfig]):
             if number == 0:
                 self.show_sample(prompt + texts[0])
         self.display.say(
-            f"step {state.step}  KL student to teacher {reverse:.3f}  teacher to student {forward:.3f}  "
+            f"step {state.step}  KL student to teacher {reverse.value:.3f}  teacher to student {forward.value:.3f}  "
             f"answers ended {100 * metrics['eval_eos_rate']:.0f} %"
         )
         self.measured(metrics["eval_loss"], metrics)

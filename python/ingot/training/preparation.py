@@ -54,11 +54,10 @@ def prepare_text(config: PretrainConfig, folder: RunFolder | None, data: Data, d
         A resumed run's text has changed.
     """
     known = {} if folder is None else folder.facts.get("data", {})
-    cache_dir = Path(config.cache_dir) if config.cache_dir is not None else Path(config.output).parent / ".cache"
     shards = None
     if known and folder is not None:
         tokenizer = Tokenizer.from_file(folder.path)
-        shards = _cached(cache_dir, tokenizer, known)
+        shards = _cached(config.cache_folder, tokenizer, known)
     if shards is None:
         if data is None and not config.data:
             raise DataError("no text to learn from: give --data with files or folders")
@@ -72,7 +71,7 @@ def prepare_text(config: PretrainConfig, folder: RunFolder | None, data: Data, d
         shards = TokenShards.build(
             corpus,
             tokenizer,
-            cache_dir,
+            config.cache_folder,
             progress=lambda done, total: display.work("tokenizing", done, total),
             threads=config.threads,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,11 +48,10 @@ class PretrainingMix:
         """
         if not config.ptx_data:
             return None
-        cache_dir = Path(config.cache_dir) if config.cache_dir is not None else Path(config.output).parent / ".cache"
         shards = TokenShards.build(
             Corpus(config.ptx_data, separator=config.separator),
             tokenizer,
-            cache_dir,
+            config.cache_folder,
             progress=lambda done, total: display.work("tokenizing", done, total),
             threads=config.threads,
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ingot.configs import OnlineConfig, RunConfig
+from ingot.data.files import changed_files
+from ingot.data.row_cache import RowCache
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError, RunError
 from ingot.inference.prompts import PromptEncoder
@@ -124,6 +126,7 @@ def prepare(config: OnlineConfig, given: Given, display: Display, *, num_values:
         held_out=config.held_out,
         seed=config.seed,
         display=display,
+        cache=RowCache(config.cache_folder, display.say),
     )
     longest = prompts.longest + config.answer_length
     pack_length = config.pack_length or max(_PACK_TOKENS, longest)
@@ -169,7 +172,7 @@ def keep(config: OnlineConfig, folder: RunFolder, setup: Setup) -> None:
     for name, what, remedy in _REMEDIES:
         if name in known and known[name] != setup.facts[name]:
             raise RunError(
-                f"{what(config)} changed since this run began: {remedy} as it was, or start a new run from {folder.path}"
+                f"{what(config, known)} changed since this run began: {remedy} as it was, or start a new run from {folder.path}"
             )
     folder.facts["data"] = known | setup.facts
     if not (folder.path / "tokenizer.json").is_file():
@@ -219,10 +222,18 @@ def weights_hash(state: dict[str, npt.NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-_REMEDIES: tuple[tuple[str, Callable[[Any], str], str], ...] = (
-    ("model_hash", lambda config: f"the weights in {config.model}", "which are the run's reference: bring them back"),
-    ("tokenizer_hash", lambda config: f"the tokenizer in {config.model}", "bring it back"),
-    ("template_hash", lambda config: f"the chat template in {config.model}", "bring it back"),
-    ("prompts_hash", lambda config: ", ".join(config.prompts) or "the prompts given", "bring the rows back"),
-    ("ptx_hash", lambda config: ", ".join(config.ptx_data), "bring the text back"),
+_REMEDIES: tuple[tuple[str, Callable[[Any, Mapping[str, Any]], str], str], ...] = (
+    (
+        "model_hash",
+        lambda config, _: f"the weights in {config.model}",
+        "which are the run's reference: bring them back",
+    ),
+    ("tokenizer_hash", lambda config, _: f"the tokenizer in {config.model}", "bring it back"),
+    ("template_hash", lambda config, _: f"the chat template in {config.model}", "bring it back"),
+    (
+        "prompts_hash",
+        lambda config, known: ", ".join(changed_files(config.prompts, known.get("files", {}))) or "the prompts given",
+        "bring the rows back",
+    ),
+    ("ptx_hash", lambda config, _: ", ".join(config.ptx_data), "bring the text back"),
 )
