@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import ingot.data.examples
@@ -25,7 +25,7 @@ from ingot.data.cache import CacheMismatch, cached_files
 from ingot.data.chat import Encoded
 from ingot.data.examples import Examples, encode_row, load_examples
 from ingot.data.row_cache import RowCache, read_encoded, source_hash, write_encoded
-from ingot.data.rows import PromptOnly, parse_row
+from ingot.data.rows import PromptOnly, parse_row, read_rows
 from ingot.errors import DataError, RunError
 from ingot.inference.prompts import PromptEncoder
 from ingot.models import Model
@@ -119,10 +119,18 @@ def test_examples_are_the_same_with_the_cache_and_without(kind):
                 except DataError as error:
                     return str(error)
 
-            plain, built, used = load(None), load(RowCache(folder)), load(RowCache(folder))
+            lines: list[str] = []
+            plain, built, used = load(None), load(RowCache(folder, lines.append)), load(RowCache(folder, lines.append))
+            # Rows that are compared with what was kept, and differ, are made again, and that is said.
+            assert lines == []
+            groups = [encode_row(row, ENCODER) for row in read_rows(entries)]
+            fitting = [group for group in groups if max(map(len, group)) <= max_length]
             if isinstance(plain, str):
+                assert fitting == []
                 assert plain == built == used
             else:
+                assert shown(plain.groups) == shown(fitting)
+                assert plain.num_too_long == len(groups) - len(fitting)
                 assert_same(plain, built)
                 assert_same(plain, used)
                 assert len(cached_files(folder)) == 1
@@ -132,6 +140,8 @@ def test_examples_are_the_same_with_the_cache_and_without(kind):
 
 @settings(max_examples=20)
 @given(st.lists(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), max_size=3), max_size=4), st.integers(0, 9))
+@example([[[65535]]], 0)
+@example([[[65535]], [[65536]]], 0)
 def test_whatever_is_written_is_read(groups, seed):
     random = np.random.default_rng(seed)
     made = [

@@ -1,7 +1,7 @@
 """The command line: ``ingot VERB ...``. Each command is a frozen dataclass of its flags with a ``run`` method, in a file of its own.
 
 This file only finds the command, so that ``ingot --help`` answers at once; what a command needs is imported when it runs.
-Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage: flags or settings that cannot be, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -78,7 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, MemoryError, ImportError) as error:
         print(f"ingot: {describe(error)}", file=sys.stderr)
-        return 1
+        return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for settings that cannot be, 1 for what went wrong with settings that can."""
+    from ingot.errors import ConfigError
+
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def describe(error: BaseException) -> str:
@@ -126,12 +133,17 @@ def parse_flags(
     """Build ``command`` from flags with tyro; wrong usage prints why, with the nearest flag, and exits with 2."""
     import tyro
 
-    from ingot.cli.settings import put_needed_first
+    from ingot.cli.settings import check_resume, put_needed_first
+    from ingot.cli.usage import in_one_line
 
     put_needed_first(command)
-    if default is None:
-        return tyro.cli(command, prog=prog, args=list(arguments))
-    return tyro.cli(command, prog=prog, args=list(arguments), default=default)
+    with in_one_line(prog):
+        if default is None:
+            parsed = tyro.cli(command, prog=prog, args=list(arguments))
+        else:
+            parsed = tyro.cli(command, prog=prog, args=list(arguments), default=default)
+    check_resume(parsed, arguments)
+    return parsed
 
 
 def _overview(commands: dict[str, Entry]) -> str:

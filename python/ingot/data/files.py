@@ -102,7 +102,7 @@ def parse_json(text: bytes) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return ValueError(f"{error.msg} at character {error.pos + 1}")
+        return ValueError(f"{error.msg.removesuffix(' at')} at character {error.pos + 1}")
     except UnicodeDecodeError as error:
         return ValueError(f"byte {error.start + 1} is no UTF-8")
     except RecursionError:

@@ -21,7 +21,7 @@ from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.phases import carry_out, reopened
-from ingot.training.preparation import Data, Text, make_model, prepare_text
+from ingot.training.preparation import Data, Text, make_model, prepare_text, settle_length
 from ingot.training.progress import Display, make_display
 from ingot.training.runs import RunFolder
 from ingot.training.samples import choose_prompt, write_sample
@@ -65,6 +65,7 @@ def pretrain(
         Ctrl-C, after saving.
     """
     display = make_display(quiet)
+    config = settle_length(config)
     if dry_run:
         text = prepare_text(config, None, data, display)
         model = make_model(config, text.tokenizer, None)
@@ -146,7 +147,7 @@ def _decide(
         display,
         kind="text",
         data=f"{facts['train_tokens']:,} tokens to learn from, {facts['held_out_tokens']:,} held out: {facts['split']}",
-        shape=f"{text.windows} windows of up to {config.max_length}",
+        shape=f"{text.windows} windows of up to {config.sequence_length}",
         passes=(decisions.max_steps - done) * probe.step_tokens / facts["train_tokens"],
     )
     return decisions, cost
@@ -172,7 +173,7 @@ def _held_out(config: PretrainConfig, text: Text, eval_batches: int | None) -> I
     return held_out_batches(
         text.shards.ids,
         text.split.held_out,
-        max_length=config.max_length,
+        max_length=config.sequence_length,
         rows=config.per_device_train_batch_size,
         limit=eval_batches,
     )
@@ -193,7 +194,7 @@ def _probe(config: PretrainConfig, text: Text, model: Model) -> Probe:
     if sample is not None:
         evaluate = functools.partial(model.forward, sample.tokens, sample.offsets, sample.targets, train=False)
     batches = count_held_out_batches(
-        text.split.held_out, max_length=config.max_length, rows=config.per_device_train_batch_size
+        text.split.held_out, max_length=config.sequence_length, rows=config.per_device_train_batch_size
     )
     return measure(config, model, step, batch.num_targets, evaluate, batches)
 
@@ -223,7 +224,7 @@ class _Run(Trainer[PretrainConfig]):
             cost,
             display,
             callbacks,
-            max_length=config.max_length,
+            max_length=config.sequence_length,
         )
         self.text = text
         self.prompt = choose_prompt(config, text)

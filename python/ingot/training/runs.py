@@ -71,7 +71,7 @@ class RunFolder:
     def create(cls, path: str | Path, kind: str, config: Mapping[str, Any]) -> RunFolder:
         """Make the folder of a new run and save its settings, as run.json and as a TOML file that --config reads.
 
-        Where an :class:`~ingot.errors.IngotError` leaves the ``with`` block before :meth:`begun`, all that was made goes again.
+        Where an :class:`~ingot.errors.IngotError` or a ``FileNotFoundError`` leaves the ``with`` block before :meth:`begun`, all that was made goes again.
 
         Raises
         ------
@@ -201,7 +201,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        made = self._made or [] if isinstance(error, IngotError) else []
+        made = self._made or [] if isinstance(error, IngotError | FileNotFoundError) else []
         folders = [path for path in made if path.is_dir()]
         with contextlib.suppress(OSError):
             for file in made:

@@ -159,6 +159,8 @@ def make_optimizer(config: RunConfig, model: Model) -> OptimizerProtocol:
         eps=config.adam_epsilon,
         eps_mode=config.adam_eps_mode,
         weight_decay=config.weight_decay,
+        optim=config.optim,
+        muon_momentum=config.muon_momentum,
     )
 
 
