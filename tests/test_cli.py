@@ -53,15 +53,39 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
+def explanations(help_text):
+    """What is said of each flag but for its default, in order. Where the output is no terminal there are spaces in place of a frame."""
+    lines = [re.sub(r"^[│ ] ?|│$", "", line).rstrip() for line in help_text.split("\n")]
+    options = "\n".join(re.sub(r"^ (?=-)", "", line) for line in lines)
+    blocks = re.split(r"^(?=-h,|--[a-z])", options[options.index("-h, --help") :], flags=re.MULTILINE)[1:]
+    found = {}
+    for block in blocks:
+        usage, _, rest = block.partition("  ") if "  " in block.split("\n")[0] else block.partition("\n")
+        words = re.sub(r"\((default|repeatable|required)[^)]*\)", "", " ".join(rest.split()))
+        found[re.findall(r"--[a-z0-9.-]+", usage)[-1 if usage.startswith("-h") else 0]] = words
+    return found
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_all_flags_explained(name, capsys):
     code, out, _ = run(capsys, *name.split(), "--help")
     assert code == 0
     assert f"usage: ingot {name}" in out
-    flags = re.findall(r"^│ (--[a-z.-]+)", out, flags=re.MULTILINE)
-    explained = re.findall(r"^│ (--[a-z.-]+)[^\n]*\n│ {6,}\S", out, flags=re.MULTILINE)
-    short = re.findall(r"^│ (--[a-z.-]+)[^\n]*? {2,}[A-Za-z0-9\"][^\n]*│$", out, flags=re.MULTILINE)
-    assert set(flags) <= {*explained, *short}
+    found = explanations(out)
+    assert next(iter(found)) == "--help"
+    for flag, words in found.items():
+        assert len(re.findall(r"[A-Za-z]{2,}", words)) >= 2, f"{flag} is not explained"
+
+
+def test_the_help_of_a_phase_begins_with_what_a_run_is_made_from(capsys):
+    begins = {
+        "sft": ["--model", "--data", "--output", "--config", "--resume", "--chat-template"],
+        "ppo": ["--model", "--prompts", "--reward-model", "--reward", "--output", "--config", "--resume"],
+        "distill": ["--model", "--teacher", "--data", "--output", "--config", "--resume", "--lmbda"],
+    }
+    for name, wanted in begins.items():
+        _, out, _ = run(capsys, name, "--help")
+        assert list(explanations(out))[: len(wanted) + 1] == ["--help", *wanted]
 
 
 def test_overview_lists_all_commands_at_once(capsys):

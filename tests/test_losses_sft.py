@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 
 from ingot.errors import ConfigError
 from ingot.losses.advantages import generalized_advantages
-from ingot.losses.distillation import TAIL_FLOOR, reverse_kl_advantages, topk_distillation_loss
+from ingot.losses.distillation import (
+    TAIL_FLOOR,
+    generalized_jsd_loss,
+    reverse_kl_advantages,
+    topk_distillation_loss,
+)
 from ingot.losses.next_token import next_token_loss, token_weights
 from ingot.losses.packed import mean_weights
 from ingot.losses.policy import ppo_policy_loss
@@ -183,6 +188,57 @@ def test_all_candidates_are_the_forward_kl():
     assert loss == pytest.approx(float((np.exp(teacher) * (teacher - student)).sum(1).mean()))
     np.testing.assert_allclose(d_candidates.reshape(4, 9), -np.exp(teacher) / 4, rtol=1e-6)
     assert metrics["teacher_tail"] == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=seeds, scale=st.sampled_from([0.1, 1.0, 8.0]), beta=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+def test_the_generalized_divergence_is_that_of_the_softmax(seed, scale, beta):
+    """Value against the definition in torch, gradient through the softmax against autograd; tokens without candidates have none."""
+    rng = np.random.default_rng(seed)
+    teacher, weights, counted = log_softmax(rng.normal(scale=scale, size=(5, 6))), rng.random(5), rng.random(5) < 0.7
+    z = leaf(rng.normal(scale=scale, size=(5, 6)))
+    lp, lq = torch.log_softmax(z, 1), torch.tensor(teacher)
+    p, q = lp.exp(), lq.exp()
+    mixed = beta * q + (1 - beta) * p
+    if beta in (0.0, 1.0):
+        each = (p * (lp - lq)).sum(1) if beta else (q * (lq - lp)).sum(1)
+    else:
+        each = (beta * q * (lq - mixed.log()) + (1 - beta) * p * (lp - mixed.log())).sum(1)
+    expected = (torch.tensor(weights) * each)[torch.tensor(counted)].sum() + 0 * z.sum()
+    offsets = np.concatenate([[0], np.cumsum(6 * counted)])
+    loss, d_candidates, metrics = generalized_jsd_loss(
+        lp.detach().numpy()[counted].ravel(), teacher[counted].ravel(), offsets, weights, beta=beta
+    )
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-9, abs=1e-12)
+    assert metrics == {"loss": loss, "num_dropped": 0.0}
+    sent = torch.autograd.grad(
+        lp[torch.tensor(counted)].ravel(), z, torch.tensor(d_candidates).double(), retain_graph=True
+    )[0]
+    np.testing.assert_allclose(sent.numpy(), gradients(expected, z)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_generalized_divergence_at_its_ends_and_of_broken_tokens():
+    rng = np.random.default_rng(0)
+    student, teacher = log_softmax(rng.normal(size=(2, 3, 4)))
+    offsets, weights = np.arange(0, 13, 4), np.ones(3)
+
+    def value(first, second, beta):
+        return generalized_jsd_loss(first.ravel(), second.ravel(), offsets, weights, beta=beta)[0]
+
+    assert value(student, teacher, 0.0) == pytest.approx(value(teacher, student, 1.0))
+    assert value(student, teacher, 0.3) == pytest.approx(value(teacher, student, 0.7))
+    assert value(student, student, 0.5) == pytest.approx(0.0, abs=1e-12)
+    # Near an end it is that end's KL, times the distance from it.
+    assert value(student, teacher, 1e-6) / 1e-6 == pytest.approx(value(student, teacher, 0.0), rel=1e-4)
+    broken = student.copy()
+    broken[1, 2] = -np.inf
+    loss, d_candidates, metrics = generalized_jsd_loss(broken.ravel(), teacher.ravel(), offsets, weights, beta=1.0)
+    assert np.isfinite(loss)
+    assert metrics["num_dropped"] == 1
+    assert not d_candidates[4:8].any()
+    assert d_candidates[:4].all()
+    with pytest.raises(ConfigError, match="beta must be between 0 and 1"):
+        value(student, teacher, 1.5)
 
 
 def test_a_student_without_a_tail_is_pulled_with_finite_force():

@@ -14,8 +14,10 @@ import pytest
 import torch
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 from trl.experimental.cpo import CPOTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 
+from ingot.losses.distillation import generalized_jsd_loss
 from ingot.losses.packed import count_by_sequence, mean_weights, spread, sum_by_sequence
 from ingot.losses.policy import GRPO_LOSS_TYPES, grpo_loss, rloo_loss
 from ingot.losses.preference import (
@@ -345,6 +347,23 @@ def test_reward(margin, center):
     np.testing.assert_allclose(np.concatenate([d_chosen, d_rejected]), gradient, rtol=1e-12)
     for name in ("accuracy", "margin", "min_reward", "mean_reward", "max_reward"):
         assert metrics[name] == pytest.approx(logged(stub)[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.8, 1.0])
+def test_generalized_jsd(beta):
+    rng = np.random.default_rng(8)
+    x, teacher = leaf(rng.normal(size=(2, 3, 7))), torch.tensor(rng.normal(size=(2, 3, 7)))
+    labels = torch.tensor([[0, -100, 1], [2, 3, -100]])
+    theirs = GKDTrainer.generalized_jsd_loss(x, teacher, labels, beta=beta, temperature=0.7, num_items_in_batch=4)
+    lp, lq = (torch.log_softmax(each / 0.7, -1).reshape(6, 7) for each in (x, teacher))
+    counted = labels.ravel() != -100
+    offsets = np.concatenate([[0], np.cumsum(7 * counted.numpy())])
+    loss, d_candidates, _ = generalized_jsd_loss(
+        lp[counted].detach().numpy().ravel(), lq[counted].numpy().ravel(), offsets, np.full(6, 0.25), beta=beta
+    )
+    assert loss == pytest.approx(theirs.item(), rel=1e-6)
+    sent = torch.autograd.grad(lp[counted].ravel(), x, torch.tensor(d_candidates).double(), retain_graph=True)[0]
+    np.testing.assert_allclose(sent, torch.autograd.grad(theirs, x)[0], rtol=1e-4, atol=1e-7)
 
 
 def without_reference(logps, lengths):

@@ -135,9 +135,10 @@ def parse_flags(
     """Build ``command`` from flags with tyro; wrong usage prints why, with the nearest flag, and exits with 2."""
     import tyro
 
-    from ingot.cli.settings import check_resume
+    from ingot.cli.settings import check_resume, put_needed_first
     from ingot.cli.usage import in_one_line
 
+    put_needed_first(command)
     with in_one_line(prog):
         if default is None:
             parsed = tyro.cli(command, prog=prog, args=list(arguments))

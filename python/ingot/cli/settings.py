@@ -33,6 +33,33 @@ def check_resume(command: object, arguments: Sequence[str]) -> None:
         )
 
 
+_NEEDED = (
+    "model",
+    "reference_model",
+    "teacher",
+    "data",
+    "prompts",
+    "reward_model",
+    "reward",
+    "output",
+    "config",
+    "resume",
+)
+"""What is read first of a phase's help: what a run is made from, and how it goes on."""
+
+
+def put_needed_first(command: type) -> None:
+    """Let ``--help`` of a phase begin with what a run is made from, then the phase's own settings, then what all phases share."""
+    from ingot.configs import RunConfig
+
+    if not issubclass(command, RunConfig):
+        return
+    fields = command.__dataclass_fields__
+    by_class = [name for base in (*command.__mro__[1:], command) for name in vars(base).get("__annotations__", ())]
+    order = [name for name in dict.fromkeys((*_NEEDED, *by_class)) if name in fields]
+    command.__dataclass_fields__ = {name: fields[name] for name in order}
+
+
 def flag_value(arguments: Sequence[str], flag: str) -> str | None:
     """The value of ``--flag``, before the flags are parsed."""
     for index, argument in enumerate(arguments):

@@ -15,6 +15,7 @@ from ingot.configs.ppo import PPOConfig
 from ingot.configs.pretrain import PretrainConfig
 from ingot.configs.reward import RewardConfig
 from ingot.configs.sft import SFTConfig
+from ingot.configs.sync import SyncConfig
 from ingot.configs.training import Backend, Level, RunConfig, TrainingConfig
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SFTConfig",
+    "SyncConfig",
     "TrainingConfig",
     "check_keys",
     "load_recipe",

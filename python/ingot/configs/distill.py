@@ -25,6 +25,8 @@ class DistillConfig(LoraConfig, TrainingConfig):
     lmbda: float = 1.0
     """Share of the steps in which the student answers and the teacher says of each token how likely it is to it; in the others the
     teacher answers and the student learns its words. 1: on-policy, 0: sequence-level."""
+    beta: float | None = None
+    """Compare the two models' whole distributions at each token of an answer, whoever wrote it, instead of looking at its own token alone: 0 for KL(teacher || student), 1 for KL(student || teacher), between them the generalized Jensen-Shannon divergence (GKD's beta). Far less noise, for time that grows with the vocabulary. None for the answer's own tokens."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     temperature: float = 1.0
@@ -52,6 +54,7 @@ class DistillConfig(LoraConfig, TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0.0 <= self.lmbda <= 1.0, f"lmbda must be between 0 and 1, got {self.lmbda}")
+        require(self.beta is None or 0.0 <= self.beta <= 1.0, f"beta must be between 0 and 1, or none, got {self.beta}")
         require(
             0.0 < self.temperature < math.inf,
             f"temperature must be above 0, got {self.temperature}: at 0 there is one answer to a prompt",

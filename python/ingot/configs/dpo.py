@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from ingot.configs.checks import require
 from ingot.configs.lora import LoraConfig
+from ingot.configs.sync import SyncConfig
 from ingot.configs.training import TrainingConfig
 
 PairLoss = Literal[
@@ -38,7 +39,7 @@ SMOOTHED: tuple[str, ...] = ("sigmoid", "robust", "sigmoid_norm", "exo_pair", "a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig(LoraConfig, TrainingConfig):
+class DPOConfig(SyncConfig, LoraConfig, TrainingConfig):
     """Direct preference optimisation: a fine-tuned model and pairs, ranked lists or verdicts in, a model that prefers the better answers out."""
 
     model: str = ""
@@ -147,6 +148,10 @@ class DPOConfig(LoraConfig, TrainingConfig):
         require(
             self.reference_model is None or not self.reference_free,
             f"loss_type {self.loss_type[0]} has no reference: leave reference_model out",
+        )
+        require(
+            not (self.sync_ref_model and self.reference_free),
+            f"loss_type {self.loss_type[0]} has no reference: leave sync_ref_model out",
         )
         for name in ("max_length", "pack_length"):
             value = getattr(self, name)

@@ -177,6 +177,10 @@ class GRPOConfig(OnlineConfig):
             method.beta > 0.0 or (self.kl_penalty is None and self.kl_estimator is None),
             "kl_penalty and kl_estimator need a weight of the KL: give --beta above 0, or leave them out",
         )
+        require(
+            method.beta > 0.0 or not self.sync_ref_model,
+            "sync_ref_model moves what the policy is held to, which takes a weight of the KL: give --beta above 0, or leave it out",
+        )
         require(0.0 < method.epsilon < 1.0, f"epsilon must be above 0 and below 1, got {method.epsilon}")
         require(method.epsilon_high > 0.0, f"epsilon_high must be above 0, got {method.epsilon_high}")
         require(

@@ -11,12 +11,13 @@ from tyro.conf import UseAppendAction
 
 from ingot.configs.checks import require
 from ingot.configs.lora import LoraConfig
+from ingot.configs.sync import SyncConfig
 
 ExportBy = Literal["last", "objective", "judge", "gold"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineConfig(LoraConfig):
+class OnlineConfig(SyncConfig, LoraConfig):
     """Learning from rewards of one's own samples: what is asked, what is rewarded, and how it is watched."""
 
     model: str = ""

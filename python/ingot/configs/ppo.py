@@ -111,6 +111,10 @@ class PPOConfig(OnlineConfig):
             "kl_target moves kl_coef, which must be above 0 to begin with",
         )
         require(
+            self.kl_coef > 0.0 or not self.sync_ref_model,
+            "sync_ref_model moves what the policy is held to, which takes a weight of the KL: give --kl-coef above 0, or leave it out",
+        )
+        require(
             self.critic != "reward_model" or self.reward_model is not None,
             "critic reward_model needs a reward model to start from: give --reward-model",
         )

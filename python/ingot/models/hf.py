@@ -31,6 +31,7 @@ from ingot.models.tables import some
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER_FILE = "adapter_config.json"
 
 Family: TypeAlias = Literal["gpt2", "llama", "qwen2", "qwen3", "ingot"]
 
@@ -234,6 +235,14 @@ def _read_fields(folder: str | Path) -> dict[str, Any]:
         if not isinstance(fields, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
+        if (path.parent / _ADAPTER_FILE).is_file():
+            above = path.parent.parent
+            remedy = (
+                f"give {above}, which has it merged"
+                if (above / CONFIG_FILE).is_file()
+                else "merge it into its model and save that (load_adapter, save)"
+            )
+            raise CheckpointError(f"{folder}: holds an adapter without the weights below it: {remedy}") from None
         raise CheckpointError(f"{path}: missing: {folder} is no folder of a saved model") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None

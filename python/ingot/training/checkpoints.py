@@ -81,10 +81,12 @@ def write_checkpoint(
     state: Mapping[str, Any],
     versions: Mapping[str, str],
     encoder: ChatEncoder | None = None,
+    more: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Save ``folder/checkpoint-<step>``. It appears under its name when all of it is on the disk.
 
-    With ``encoder``, whose template the model was trained with, that template is among its files.
+    With ``encoder``, whose template the model was trained with, that template is among its files. ``more`` writes into the folder what
+    else the run's state is made of.
 
     Raises
     ------
@@ -103,6 +105,7 @@ def write_checkpoint(
             write_tokenizer_config(temporary, tokenizer, model.config.max_position_embeddings, encoder)
         reached(f"{OPTIMIZER_FILE}: before write")
         write_tensors(temporary / OPTIMIZER_FILE, model.optimizer.state())
+        more(temporary)
         (temporary / STATE_FILE).write_bytes(_json({"format_version": FORMAT_VERSION, **state}))
         files = {}
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):

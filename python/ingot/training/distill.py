@@ -2,7 +2,8 @@
 
 On-policy, the student answers and A_t = ln teacher(a_t) - ln student(a_t) is the advantage of each of its tokens (Agarwal et al. 2024):
 that lowers KL(student || teacher) where the student goes. Otherwise the teacher answers and the student is fine-tuned on it (Kim and
-Rush 2016): that lowers KL(teacher || student). What a step draws is a function of (seed, step) and the weights, so a run that was
+Rush 2016): that lowers KL(teacher || student). With ``beta`` the two models' whole distributions are compared at each token of either's
+answers. What a step draws is a function of (seed, step) and the weights, so a run that was
 killed draws the same again and ends with the same bits.
 
 Shape legend: S answers, N tokens with their prompts.
@@ -23,7 +24,7 @@ from ingot.configs import DistillConfig
 from ingot.data.batches import mix
 from ingot.data.keys import uniform
 from ingot.inference.intervals import Z_95, mean_of
-from ingot.losses.distillation import reverse_kl_advantages
+from ingot.losses.distillation import generalized_jsd_loss, reverse_kl_advantages
 from ingot.losses.numerics import Float64, Floats, Metrics, f64
 from ingot.losses.packed import add_metrics, sum_by_sequence
 from ingot.losses.policy import reinforce_loss
@@ -35,7 +36,15 @@ from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
 from ingot.training.phases import RowsPhase
 from ingot.training.progress import Display
-from ingot.training.rollouts import Progress, Rollouts, banned_ids_of, packs, recompute_logprobs, sample_rollouts
+from ingot.training.rollouts import (
+    Progress,
+    Rollouts,
+    as_read_by,
+    banned_ids_of,
+    packs,
+    recompute_logprobs,
+    sample_rollouts,
+)
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.teaching import Lessons, make_student, prepare_lessons, student_shape
@@ -103,6 +112,7 @@ def _decide(
 
     def evaluate() -> None:
         said = _answers(config, lessons, student, sample, config.seed)
+        said = _read_by(lessons.teacher, lessons, said)
         recompute_logprobs(lessons.teacher, said, max_tokens=lessons.pack_length)
 
     batches = -(-len(lessons.held_out) // config.per_device_train_batch_size)
@@ -152,8 +162,32 @@ def _learn(
         progress=progress,
     )
     student.zero_grad()
+    found = (
+        _compare(config, lessons, student, rollouts)
+        if config.beta is not None
+        else _follow(config, lessons, student, rollouts, on_policy=on_policy)
+    )
+    found["on_policy"] = float(on_policy)
+    drawn = rollouts.metrics()
+    found |= {name: drawn[name] for name in ("completions/mean_length", "completions/clipped_ratio", "entropy")}
+    return found, rollouts
+
+
+def _follow(
+    config: DistillConfig,
+    lessons: Lessons,
+    student: ModelProtocol,
+    rollouts: Rollouts,
+    *,
+    on_policy: bool,
+) -> Metrics:
+    """Gradients from the answers' own tokens."""
     weights = rollouts.mask / np.count_nonzero(rollouts.mask)
-    scored = recompute_logprobs(lessons.teacher, rollouts, max_tokens=lessons.pack_length) if on_policy else None
+    scored = None
+    if on_policy:
+        read = _read_by(lessons.teacher, lessons, rollouts)
+        scored = recompute_logprobs(lessons.teacher, read, max_tokens=lessons.pack_length)
+    rollouts = _read_by(student, lessons, rollouts)
     parts = []
     for episodes, rows in packs(rollouts, lessons.pack_length):
         targets = rollouts.targets[rows]
@@ -180,12 +214,52 @@ def _learn(
     by_token = found.pop("nll"), found.pop("distance")
     # What is lowered: KL(student || teacher) by token, or the teacher's words' cross-entropy.
     found["loss"] = by_token[1] if on_policy else by_token[0]
-    found["on_policy"] = float(on_policy)
     if on_policy:
         found["kl"] = by_token[1] * np.count_nonzero(rollouts.mask) / len(rollouts)
-    drawn = rollouts.metrics()
-    found |= {name: drawn[name] for name in ("completions/mean_length", "completions/clipped_ratio", "entropy")}
-    return found, rollouts
+    return found
+
+
+_COMPARED = 1 << 22
+"""Pairs of probabilities that are held at a time, about; an answer's are always together."""
+
+
+def _compare(config: DistillConfig, lessons: Lessons, student: ModelProtocol, rollouts: Rollouts) -> Metrics:
+    """Gradients from the two whole distributions at each token of the answers."""
+    assert config.beta is not None
+    weights = rollouts.mask / np.count_nonzero(rollouts.mask)
+    models = lessons.teacher, student
+    banned = [_read_by(model, lessons, rollouts).banned_ids for model in models]
+    # All that may follow: the same ids for both.
+    ids = np.setdiff1d(np.arange(lessons.encoder.tokenizer.vocab_size, dtype=np.int32), banned[1])
+    parts = []
+    for episodes, rows in packs(rollouts, min(lessons.pack_length, max(1, _COMPARED // len(ids)))):
+        mask = rollouts.mask[rows]
+        offsets = rollouts.offsets[episodes.start : episodes.stop + 1] - rollouts.offsets[episodes.start]
+        candidates = np.concatenate([[0], np.cumsum(mask * len(ids))]), np.tile(ids, int(np.count_nonzero(mask)))
+        (_, taught), (ctx, said) = (
+            model.forward(
+                rollouts.tokens[rows],
+                offsets,
+                rollouts.targets[rows],
+                want=("candidate_logprobs",),
+                candidates=candidates,
+                temperature=rollouts.temperature,
+                banned_ids=never,
+                train=model is student,
+            )
+            for model, never in zip(models, banned, strict=True)
+        )
+        _, d_candidates, metrics = generalized_jsd_loss(
+            said.candidate_logprobs, taught.candidate_logprobs, candidates[0], weights[rows], beta=config.beta
+        )
+        assert ctx is not None
+        student.backward(ctx, d_candidates=d_candidates)
+        parts.append(metrics)
+    return add_metrics(parts)
+
+
+def _read_by(model: ModelProtocol, lessons: Lessons, rollouts: Rollouts) -> Rollouts:
+    return as_read_by(model, rollouts, lessons.encoder.tokenizer, lessons.encoder.end_ids)
 
 
 def _answers(
@@ -314,9 +388,10 @@ class _Run(Trainer[DistillConfig]):
         except _Stopped:
             return
         taught = self.taught
-        each = _distances(said.logprobs, recompute_logprobs(self.teacher, said), said)
+        read = _read_by(self.teacher, self.lessons, said), _read_by(self.model, self.lessons, taught)
+        each = _distances(said.logprobs, recompute_logprobs(self.teacher, read[0]), said)
         reverse = mean_of(each)
-        forward = mean_of(_distances(taught.logprobs, recompute_logprobs(self.model, taught), taught))
+        forward = mean_of(_distances(taught.logprobs, recompute_logprobs(self.model, read[1]), taught))
         drawn, wanted = said.metrics(), taught.metrics()
         metrics: dict[str, Any] = {
             "step": state.step,

@@ -1,6 +1,7 @@
 """Direct preference optimisation and its relatives: preferences in, a model that favours the better answers out, without a reward model.
 
-The whole loop is :meth:`_Run.loop` and the methods below it. Log-probabilities under the reference are computed once, before training.
+The whole loop is :meth:`_Run.loop` and the methods below it. Log-probabilities under the reference are computed once, before training;
+of the training rows as they come where the reference follows the policy.
 A run is a function of its settings, its models and its rows: killed at any moment and resumed, it ends with the same bits.
 
 Shape legend: S sequences (answers with their prompts) of a step or of one pack, B pairs, U verdicts.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,9 +56,10 @@ from ingot.training.preferences import (
 )
 from ingot.training.progress import Display, duration
 from ingot.training.reference_logprobs import ReferenceLogprobs, reference_logprobs, sequence_logprobs
-from ingot.training.rollouts import banned_ids_of, recompute_logprobs, sample_rollouts
+from ingot.training.rollouts import as_read_by, banned_ids_of, recompute_logprobs, sample_rollouts
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
+from ingot.training.synced_reference import SyncedReference
 from ingot.training.trainer import Trainer, TrainingResult, measure
 from ingot.training.verdicts import write_verdict
 
@@ -110,6 +113,10 @@ def _start_shape(config: DPOConfig) -> ModelConfig:
             if saved.num_values:
                 raise ConfigError(f"{folder}: is a model that scores, with scalar heads: give one that writes")
             shapes.append(saved.config)
+    if config.sync_ref_model and len({dataclasses.replace(shape, dropout=0.0) for shape in shapes}) > 1:
+        raise ConfigError(
+            f"{config.reference_model}: is a network of another shape than {config.model}, so that the two cannot be mixed: leave sync_ref_model out"
+        )
     return shapes[0]
 
 
@@ -176,6 +183,9 @@ def _decide(
     partners.values[:] = 0.0
 
     def step() -> None:
+        if config.sync_ref_model:
+            for pack in packs:
+                sequence_logprobs(model, pack)
         model.zero_grad()
         _backward(model, config, preferences, packs, unscored, partners)
         model.step(0.0, clip_norm=config.max_grad_norm or None)
@@ -211,7 +221,9 @@ def _decide(
     )
     if done == 0:
         # A forward pass is about a third of a step.
-        parts = [preferences.held_out] + ([] if config.reference_free else [preferences.train])
+        parts = [preferences.held_out]
+        if not (config.reference_free or config.sync_ref_model):
+            parts.append(preferences.train)
         tokens = sum(int(part.lengths().sum()) for part in parts)
         seconds = duration(tokens / probe.step_tokens * probe.step_s / 3)
         by = config.reference_model or config.model
@@ -478,6 +490,8 @@ class _Run(Trainer[DPOConfig]):
         )
         self.preferences = preferences
         self.reference = reference = _make_reference(config, preferences, model, resumed=state.step > 0)
+        self.held_to = SyncedReference(config, reference, folder.path, state.step)
+        self.held_to.announce(decisions.max_steps, display)
         self.banned_ids = banned_ids_of(self.tokenizer, model.config.vocab_size, encoder.end_ids)
         longest = model.config.max_position_embeddings - 1
         self.prompts = preferences.prompts(config.sample_prompts if config.sample_tokens else 0, longest)
@@ -488,6 +502,7 @@ class _Run(Trainer[DPOConfig]):
         }
         if not config.reference_free:
             sets["train"] = preferences.train
+        scored = [name for name in sets if name.startswith("held_out") or not config.sync_ref_model]
         found: dict[str, ReferenceLogprobs] = {}
 
         def score() -> None:
@@ -495,7 +510,7 @@ class _Run(Trainer[DPOConfig]):
                 reference_logprobs(
                     folder.path,
                     reference,
-                    {name: examples for name, examples in sets.items() if len(examples)},
+                    {name: sets[name] for name in scored if len(sets[name])},
                     hashes={name: preferences.facts[name] for name in ("tokenizer_hash", "template_hash")},
                     pack_length=preferences.pack_length,
                     display=display,
@@ -504,7 +519,8 @@ class _Run(Trainer[DPOConfig]):
 
         self.guarded(score)
         self.ref = {name: found.get(name, ReferenceLogprobs(examples)) for name, examples in sets.items()}
-        """Log-probabilities under the reference: ``train`` (unless the loss has none), ``held_out``, and of mismatched answers."""
+        """Log-probabilities under the reference: ``train`` (unless the loss has none), ``held_out``, and of mismatched answers. Where it
+        follows the policy, those of training rows are known from when they are first needed until it moves."""
 
     def loop(self) -> None:
         """From the state's step to the last one."""
@@ -532,18 +548,33 @@ class _Run(Trainer[DPOConfig]):
         began = time.perf_counter()
         packs = self.preferences.batches.take(state.step)
         rate = self.learning_rate()
+        if config.sync_ref_model:
+            members = [member for pack in packs for member in pack.members.tolist()]
+            for reference in self.followed():
+                reference.score(self.held_to.model, self.preferences.pack_length, members=members)
         self.model.zero_grad()
         metrics = _backward(
             self.model, config, self.preferences, packs, self.ref.get("train"), self.ref["train_mismatched"]
         )
         info = self.model.step(rate, clip_norm=config.max_grad_norm or None)
         self.count(metrics["loss"], info, sum(len(pack.tokens) for pack in packs), began)
+        if self.held_to.follow(self):
+            for reference in self.followed():
+                reference.forget()
         if self.due(config.logging_steps):
             epoch = state.step / self.preferences.batches.steps_per_epoch
             answers = sum(len(pack.offsets) - 1 for pack in packs)
             shown = {name: value for name, value in metrics.items() if name != "loss"}
             shown["time/episodes_per_s"] = answers / (time.perf_counter() - began)
             self.log(epoch, info.grad_norm, rate, **shown)
+
+    def followed(self) -> list[ReferenceLogprobs]:
+        """What is known of the training rows under the reference."""
+        return [self.ref[name] for name in ("train", "train_mismatched") if len(self.ref[name].examples)]
+
+    def save_more(self, folder: Path) -> None:
+        """The reference, where it has moved."""
+        self.held_to.save(folder)
 
     def evaluate(self) -> None:
         """Held-out loss and accuracy, answers; the best weights so far go to the top of the run's folder. Given up when asked to stop."""
@@ -631,7 +662,8 @@ class _Run(Trainer[DPOConfig]):
             seed=config.seed,
             banned_ids=self.banned_ids,
         )
-        ref_logprobs = recompute_logprobs(self.reference, rollouts)
+        read = as_read_by(self.reference, rollouts, self.tokenizer, self.preferences.encoder.end_ids)
+        ref_logprobs = recompute_logprobs(self.reference, read)
         distance = sum_by_sequence(f64(rollouts.logprobs) - f64(ref_logprobs), rollouts.targets, rollouts.offsets)
         texts = [self.tokenizer.decode(rollouts.completion_ids(number).tolist()) for number in range(len(rollouts))]
         for number, prompt in enumerate(self.prompts):

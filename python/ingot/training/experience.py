@@ -123,6 +123,7 @@ def gather(
     first_episode: int,
     seed: int,
     values: bool = False,
+    reference: Model | None = None,
     progress: Progress | None = None,
 ) -> Experience:
     """Let the policy answer prompts, and find out all that learning from the answers takes.
@@ -138,6 +139,8 @@ def gather(
         Episode ``first_episode + i`` of ``seed`` is a function of the weights and its prompt.
     values
         Also ask the policy's own value head.
+    reference
+        What the policy is held to; the one that the run began with unless given.
     progress
         See :data:`ingot.training.rollouts.Progress`.
     """
@@ -159,7 +162,8 @@ def gather(
     clock.lap("sampling")
     want = ("logprobs", "values") if values else ("logprobs",)
     old = recompute(policy, rollouts, want, max_tokens=setup.pack_length)
-    ref_logprobs = recompute(setup.reference, rollouts, ("logprobs",), max_tokens=setup.pack_length)["logprobs"]
+    held_to = reference or setup.reference
+    ref_logprobs = recompute(held_to, rollouts, ("logprobs",), max_tokens=setup.pack_length)["logprobs"]
     clock.lap("reference")
     asked = tuple(prompt for prompt in prompts for _ in range(num_generations))
     texts = tuple(setup.encoder.decode(rollouts.completion_ids(number)) for number in range(count))

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ from ingot.training.rewards import RewardError
 from ingot.training.runs import RunFolder
 from ingot.training.setup import Setup
 from ingot.training.state import State
+from ingot.training.synced_reference import SyncedReference
 from ingot.training.trainer import Trainer, resume_command
 from ingot.training.verdicts import Verdict, write_verdict
 
@@ -91,6 +93,8 @@ class OnlineTrainer(Trainer[OnlineT]):
             rules=rules,
         )
         self.setup = setup
+        self.reference = SyncedReference(config, setup.reference, folder.path, state.step)
+        self.reference.announce(decisions.max_steps, display)
         self.export_by = config.export_by or ("judge" if setup.scorers.has_judge else "objective")
         batches = decisions.eval_batches
         limit = None if batches is None else batches * config.per_device_train_batch_size
@@ -136,6 +140,7 @@ class OnlineTrainer(Trainer[OnlineT]):
             first_episode=draw.episode,
             seed=self.config.seed,
             values=values,
+            reference=self.reference.model,
             progress=self.alive,
         )
         return experience, Draw(draw.position + num_prompts, draw.episode + num_prompts * num_generations)
@@ -193,6 +198,7 @@ class OnlineTrainer(Trainer[OnlineT]):
         self._figures = (f"score {score:.3f}", f"KL {found['objective/kl']:z.2f}")
         rate = self.learning_rate()
         self.count(loss, StepInfo(grad_norm, skipped), int(experience.rollouts.num_actions.sum()), began)
+        self.reference.follow(self)
         if self.due(self.config.logging_steps):
             passes = draw.position / len(self.setup.prompts.train)
             self.log(
@@ -208,6 +214,10 @@ class OnlineTrainer(Trainer[OnlineT]):
         """Score and KL instead of a loss. Of the peak nothing is said: an update passes over its tokens several times."""
         status = self.pace.status(self.state.step, loss, None)
         return dataclasses.replace(status, figures=self._figures, share_of_peak=None)
+
+    def save_more(self, folder: Path) -> None:
+        """The reference, where it has moved."""
+        self.reference.save(folder)
 
     # ---- measuring
 

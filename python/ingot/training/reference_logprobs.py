@@ -5,7 +5,6 @@ The file belongs to the weights, rows, template and tokenizer that it was made w
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from ingot.durable import rename, temporary_name
 from ingot.losses.numerics import Float64, f64
 from ingot.losses.packed import sum_by_sequence
 from ingot.models.safetensors_files import write_tensors
+from ingot.training.lora import weights_hash
 
 if TYPE_CHECKING:
     from ingot.models.base import Model
@@ -49,14 +49,25 @@ class ReferenceLogprobs:
         parts = [self.values[self._first[member] : self._first[member + 1]] for member in members]
         return f64(np.concatenate(parts)) if parts else np.zeros(0)
 
-    def unknown(self) -> list[int]:
-        """Groups with a sequence that is not known."""
-        bounds = zip(self._first[:-1], self._first[1:], strict=True)
-        return [number for number, (low, high) in enumerate(bounds) if np.isnan(self.values[low:high]).any()]
+    def unknown(self, members: Iterable[int] | None = None) -> list[int]:
+        """Groups with a sequence that is not known, of all or of ``members``."""
+        first = self._first
+        numbers = range(len(first) - 1) if members is None else members
+        return [number for number in numbers if np.isnan(self.values[first[number] : first[number + 1]]).any()]
 
-    def score(self, model: Model, pack_length: int, done: Callable[[int], None]) -> None:
-        """Compute those that are not known; ``done`` is told the tokens of each pack."""
-        groups = self.unknown()
+    def forget(self) -> None:
+        """Know none any more, since the reference is another one."""
+        self.values[:] = np.nan
+
+    def score(
+        self,
+        model: Model,
+        pack_length: int,
+        done: Callable[[int], None] = lambda tokens: None,
+        members: Iterable[int] | None = None,
+    ) -> None:
+        """Compute those that are not known, of all groups or of ``members``; ``done`` is told the tokens of each pack."""
+        groups = self.unknown(members)
         rest = self.examples.select(groups)
         for places in next_fit(rest, pack_length, 0):
             pack = assemble_pack([rest.groups[place] for place in places])
@@ -72,15 +83,6 @@ def sequence_logprobs(model: Model, pack: Pack) -> Float64:
     """ln pi(answer | prompt) of each sequence, f64 [S], by a forward pass that keeps nothing."""
     _, out = model.forward(pack.tokens, pack.offsets, pack.targets, train=False)
     return sum_by_sequence(out.logprobs, pack.targets, pack.offsets)
-
-
-def weights_hash(model: Model) -> str:
-    """sha256, as hex, of the names and values of all weights."""
-    found = hashlib.sha256()
-    for name, values in sorted(model.parameters.items()):
-        found.update(name.encode() + b"\0")
-        found.update(np.ascontiguousarray(values).data)
-    return found.hexdigest()
 
 
 def reference_logprobs(

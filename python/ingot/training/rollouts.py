@@ -481,6 +481,11 @@ def banned_ids_of(tokenizer: Tokenizer, vocab_size: int, end_ids: Collection[int
     return np.array(sorted(special | set(range(tokenizer.vocab_size, vocab_size))), np.int32)
 
 
+def as_read_by(model: Model, rollouts: Rollouts, tokenizer: Tokenizer, end_ids: Collection[int]) -> Rollouts:
+    """The same answers for a model of the same tokenizer whose vocabulary may be padded otherwise than that of the one that drew them."""
+    return dataclasses.replace(rollouts, banned_ids=banned_ids_of(tokenizer, model.config.vocab_size, end_ids))
+
+
 # ---- the policy now, against the policy that sampled
 
 

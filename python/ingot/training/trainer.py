@@ -377,7 +377,14 @@ class Trainer(Generic[ConfigT]):
             self.folder.metrics.sync()
             self.folder.samples.sync()
             path = write_checkpoint(
-                self.folder.path, state.step, self.saved, self.tokenizer, fields, versions(), self.encoder
+                self.folder.path,
+                state.step,
+                self.saved,
+                self.tokenizer,
+                fields,
+                versions(),
+                self.encoder,
+                self.save_more,
             )
         except OSError as error:
             state.best_saved_loss, state.best_saved_step = before
@@ -390,6 +397,9 @@ class Trainer(Generic[ConfigT]):
         self.prune(previous)
         self.pace.save_took(time.perf_counter() - began)
         self.notify(lambda callback, view: callback.on_save(view, path))
+
+    def save_more(self, folder: Path) -> None:
+        """What else this phase writes into a checkpoint."""
 
     def prune(self, previous: int) -> None:
         """Delete the checkpoints that are not to be kept; one that cannot be deleted does no harm."""
