@@ -14,6 +14,7 @@ import numpy as np
 
 import ingot
 from ingot.models.reference import reference_of
+from ingot.models.sharing import SharedBase
 from ingot.tokenizer import Tokenizer
 from ingot.training.prompts import Prompt, Prompts
 from ingot.training.scores import Scores
@@ -84,6 +85,7 @@ def setup(seed: int, *, num_values: int = 0, score: Any = hits, gold: Any = None
     return Setup(
         policy=policy,
         reference=reference_of(policy),
+        base=SharedBase(policy, "the uniform policy"),
         encoder=Letters(),  # type: ignore[arg-type]
         prompts=Prompts(prompts, (), facts, seed),
         scorers=scorer(score, gold),

@@ -21,9 +21,10 @@ from ingot.errors import ConfigError, RunError
 from ingot.models import load_model
 from ingot.models.growth import grow_vocabulary
 from ingot.models.safetensors_files import read_header
+from ingot.models.sharing import weights_hash
 from ingot.tokenizer import Tokenizer
 from ingot.training.cost import memory_estimate
-from ingot.training.lora import num_trained, weights_hash
+from ingot.training.lora import num_trained
 from killable_sft import WORDS, child, rows, settings, write_base, write_rows
 from networks import pack
 

@@ -70,6 +70,13 @@ def read_header(path: Path) -> list[StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file that :func:`read_header` can read says of itself."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__") or {})
+
+
 def _entry(name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
     shape = tuple(entry["shape"])
     start, end = entry["data_offsets"]
@@ -117,15 +124,17 @@ def write_tensors(
     OSError
         No space, no permission; ``path`` may hold a part, so write to a temporary name and rename.
     """
+    # An array may be made when it is asked for: of all but one at a time only the form is kept.
+    forms = {name: (array.dtype, array.shape, array.nbytes) for name, array in arrays.items()}
     # Largest elements first, as the library does, so that each tensor is aligned to its type.
-    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    names = sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name in names:
-        array = arrays[name]
-        end = position + array.nbytes
-        dtype = _WRITTEN_TYPES[array.dtype.newbyteorder("<").str]
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [position, end]}
+        dtype, shape, size = forms[name]
+        end = position + size
+        stored = _WRITTEN_TYPES[dtype.newbyteorder("<").str]
+        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

@@ -5,7 +5,6 @@ The file belongs to the weights, rows, template and tokenizer that it was made w
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from ingot.durable import rename, temporary_name
 from ingot.losses.numerics import Float64, f64
 from ingot.losses.packed import sum_by_sequence
 from ingot.models.safetensors_files import write_tensors
+from ingot.models.sharing import weights_hash
 
 if TYPE_CHECKING:
     from ingot.models.base import Model
@@ -72,15 +72,6 @@ def sequence_logprobs(model: Model, pack: Pack) -> Float64:
     """ln pi(answer | prompt) of each sequence, f64 [S], by a forward pass that keeps nothing."""
     _, out = model.forward(pack.tokens, pack.offsets, pack.targets, train=False)
     return sum_by_sequence(out.logprobs, pack.targets, pack.offsets)
-
-
-def weights_hash(model: Model) -> str:
-    """sha256, as hex, of the names and values of all weights."""
-    found = hashlib.sha256()
-    for name, values in sorted(model.parameters.items()):
-        found.update(name.encode() + b"\0")
-        found.update(np.ascontiguousarray(values).data)
-    return found.hexdigest()
 
 
 def reference_logprobs(
