@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 import ingot
 import killable_ppo
 import killable_reward
+import large_base
 from ingot.data.batches import Cursor
 from ingot.inference.scoring import RewardModel
 from ingot.models import load_model
@@ -274,3 +277,44 @@ def test_a_killed_run_with_a_critics_adapter_ends_with_the_same_bits(root: Path,
     assert run(folder, logged[1]) == -9, "the run was over before it was killed"
     assert run(folder) == 0
     assert snapshot(folder) == snapshot(whole)
+
+
+# ---- memory
+
+
+def memory_of_run(place: Path, how: str) -> tuple[int, int]:
+    """Bytes: what a run of five roles took at most beyond the interpreter's own, and what one base with all adapters and moments takes."""
+    script = Path(large_base.__file__)
+    done = subprocess.run(
+        [sys.executable, str(script), str(place), how],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # Policy and critic are trained: weights, gradients and two moments of each; reward model and judge are not.
+    return found["most"] - found["before"], found["base"] + (2 * 4 + 2) * found["adapter"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("large")
+    large_base.write_inputs(place)
+    return place
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_five_roles_take_the_memory_of_one_base(large: Path) -> None:
+    """Measured: 1.58 of base and adapters; the rest is activations, a weight on its way to the disk, and modules imported on the way. A
+    second base anywhere, also for a moment, would be 2.5."""
+    taken, needed = memory_of_run(large, "shared")
+    assert taken < 1.85 * needed, f"{taken / 1e6:.0f} MB, of which {needed / 1e6:.0f} MB are the base and its adapters"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_roles_apart_take_more(large: Path) -> None:
+    taken, needed = memory_of_run(large, "apart")
+    assert taken > 3 * needed

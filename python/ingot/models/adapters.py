@@ -143,8 +143,9 @@ class Adapter(abc.ABC):
     def delta(self, module: str) -> FloatArray:
         """(alpha / rank) B A of one module, f32 [d_out, d_in]."""
         weights = self.parameters
-        product = weights[f"{module}.lora_B.weight"] @ weights[f"{module}.lora_A.weight"]
-        return np.asarray(np.float32(self.scale) * product, dtype=np.float32)
+        product = np.asarray(weights[f"{module}.lora_B.weight"] @ weights[f"{module}.lora_A.weight"], np.float32)
+        product *= np.float32(self.scale)
+        return product
 
 
 class Adapted(abc.ABC):
@@ -348,7 +349,9 @@ class Adapted(abc.ABC):
             if name not in changed:
                 return weights[name]
             delta = adapter.delta(changed[name])
-            return weights[name] + (delta.T if turned else delta)
+            whole = delta.T if turned else delta
+            whole += weights[name]
+            return whole
 
         own = (name for name in weights if not name.startswith("score."))
         return LazyArrays([*own, *heads], merged)

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -125,7 +125,7 @@ def write_tensors(
         No space, no permission; ``path`` may hold a part, so write to a temporary name and rename.
     """
     # An array may be made when it is asked for: of all but one at a time only the form is kept.
-    forms = {name: (array.dtype, array.shape, array.nbytes) for name, array in arrays.items()}
+    forms = {name: _form(arrays[name]) for name in arrays}
     # Largest elements first, as the library does, so that each tensor is aligned to its type.
     names = sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -141,7 +141,14 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:
-            array = arrays[name]
-            file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+            _write_array(file, arrays[name])
         file.flush()
         os.fsync(file.fileno())
+
+
+def _form(array: npt.NDArray[np.generic]) -> tuple[np.dtype[np.generic], tuple[int, ...], int]:
+    return array.dtype, array.shape, array.nbytes
+
+
+def _write_array(file: BinaryIO, array: npt.NDArray[np.generic]) -> None:
+    file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
