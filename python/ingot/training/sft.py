@@ -77,7 +77,7 @@ def sft(
     if dry_run:
         demonstrations = prepare_demonstrations(config, None, shape, rows, display)
         model = _make_model(config, demonstrations, None)
-        attach_adapter(config, model, {})
+        attach_adapter(config, model, {}, dropout=config.lora_dropout)
         _decide(config, demonstrations, model, {}, 0, display)
         return TrainingResult([], model, demonstrations.tokenizer, Path(config.output), None, None)
     with RunFolder.create(config.output, "sft", config.to_dict()) as folder:
@@ -129,7 +129,7 @@ def _train(
         checkpoint = newest_usable(folder.path, display.say)
         # An adapter's checkpoint lacks the weights below it.
         model = _make_model(config, demonstrations, shape if checkpoint and not config.lora_rank else None)
-        attach_adapter(config, model, folder.facts)
+        attach_adapter(config, model, folder.facts, dropout=config.lora_dropout)
         folder.facts["model_config"] = model.config.to_dict()
         state = saved_state(folder, checkpoint)
         known = folder.facts.get("decisions", {})
