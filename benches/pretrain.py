@@ -53,7 +53,9 @@ class Task:
     def batches(self, seed: int) -> RandomBatches:
         """The training windows of this seed; both sides see the same ones."""
         train = Stretches(np.array([0]), np.array([self.cut]))
-        return RandomBatches(self.text, train, self.config.max_length, self.config.per_device_train_batch_size, seed)
+        return RandomBatches(
+            self.text, train, self.config.sequence_length, self.config.per_device_train_batch_size, seed
+        )
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -314,7 +316,7 @@ def bench_recipe(path: Path, seeds: int, sides_wanted: list[str]) -> dict[str, A
             side.ask("make", (seed, None))
             elapsed_s = side.ask("train", (0, steps, seed))
             total = count = 0.0
-            for batch in held_out_batches(task.text, held_out, max_length=task.config.max_length, rows=64):
+            for batch in held_out_batches(task.text, held_out, max_length=task.config.sequence_length, rows=64):
                 total += side.ask("loss", batch)
                 count += len(batch.targets)
             rows[side.name].append((total / count, elapsed_s))
@@ -354,7 +356,7 @@ def bench_step(path: Path, rounds: int, sides_wanted: list[str]) -> dict[str, An
     for side in sides:
         step_s = statistics.median(times[side.name])
         result[side.name] = {"step_s": step_s, "memory_mb": side.ask("memory") / 1e6}
-        rate = task.config.max_length * task.config.per_device_train_batch_size / step_s
+        rate = task.config.sequence_length * task.config.per_device_train_batch_size / step_s
         print(
             f"{side.name:<15} {step_s:6.3f} s a step  {rate:8.0f} tokens/s  {result[side.name]['memory_mb']:7.0f} MB",
             flush=True,
@@ -376,7 +378,7 @@ def make_task(recipe: str, path: Path, dropout: float | None) -> Task:
     if dropout is not None:
         config = dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, dropout=dropout))
     text = np.frombuffer(path.read_bytes(), np.uint8).astype(np.int64)
-    return Task(config, config.architecture.resolve(256, config.max_length), text)
+    return Task(config, config.architecture.resolve(256, config.sequence_length), text)
 
 
 def main() -> None:

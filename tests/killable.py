@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Literal
 
 from ingot.configs import Architecture, PretrainConfig
 from ingot.durable import crash_points
@@ -47,15 +48,21 @@ def write_text(folder: Path) -> None:
     (folder / "text.txt").write_text(SEPARATOR.join(documents))
 
 
-def go_on(folder: Path, quiet: bool = True) -> None:
+def go_on(folder: Path, quiet: bool = True, optim: Literal["adamw", "muon"] = "adamw") -> None:
     """Start the run, or resume it where it has begun."""
     if (folder / "run.json").exists():
         resume(folder, quiet=quiet)
     else:
-        pretrain(settings(folder), quiet=quiet)
+        pretrain(dataclasses.replace(settings(folder), optim=optim), quiet=quiet)
 
 
-def child(folder: Path, kill_at: int | None, after_s: float | None, log: Path | None) -> None:
+def child(
+    folder: Path,
+    kill_at: int | None,
+    after_s: float | None,
+    log: Path | None,
+    optim: Literal["adamw", "muon"] = "adamw",
+) -> None:
     """Entry of the process: die at the ``kill_at``-th crash point, or ``after_s`` seconds after the first. ``log`` gets their names.
 
     The process kills itself: a process id kept elsewhere might by then be another's.
@@ -72,7 +79,7 @@ def child(folder: Path, kill_at: int | None, after_s: float | None, log: Path | 
             os.kill(os.getpid(), signal.SIGKILL)
 
     crash_points.append(reached)
-    go_on(folder)
+    go_on(folder, optim=optim)
     if log is not None:
         log.write_text("\n".join(names))
 

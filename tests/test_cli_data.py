@@ -213,7 +213,7 @@ def test_bad_rows_are_named_while_the_others_are_shown(tmp_path, base, capsys):
     assert err == f'{path}, row 1: field "prompt" is empty; write what is to be answered, or remove the row\n'
     assert "--- row 2, prompt" in out
     code, _, err = run(capsys, "data", "show", path, "--tokenizer", base, "--start", 3)
-    assert (code, err) == (1, f"ingot: {path}: has no row 3: give a smaller --start\n")
+    assert (code, err) == (2, f"ingot: {path}: has no row 3: give a smaller --start\n")
     assert (
         run(capsys, "data", "show", path, "--tokenizer", base, "--rows", 0)[2]
         == "ingot: --rows and --start are at least 1\n"

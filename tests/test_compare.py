@@ -363,7 +363,7 @@ def test_the_gate_on_the_command_line(place, tmp_path, monkeypatch, capsys):
     assert "gate      passed: Of 3 answers to each of 48 prompts" in capsys.readouterr().out
     assert main([*arguments, "--judge", "r.py:fewer", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["gate"]["passed"] is False
-    assert main([*arguments, "--judge", "./r.py:more"]) == 1
+    assert main([*arguments, "--judge", "./r.py:more"]) == 2
     assert "is the judge and the reward" in capsys.readouterr().err
 
 

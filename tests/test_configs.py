@@ -95,10 +95,32 @@ def test_unknown_keys_name_the_nearest(tmp_path):
         load_recipe("shakespere-char")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('learning_rate = "fast"', "a.toml: learning_rate is 'fast'; give a number"),
+        ('max_steps = "3"', "a.toml: max_steps is '3'; give a whole number"),
+        ("max_steps = 1.5", "a.toml: max_steps is 1.5; give a whole number"),
+        ("seed = true", "a.toml: seed is True; give a whole number"),
+        ("data = 3", "a.toml: data is 3; give a list, each entry a text in quotes"),
+        ('data = ["a", 3]', r"a.toml: data is \('a', 3\); give a list"),
+        ("output = 3", "a.toml: output is 3; give a text in quotes"),
+        ('lr_scheduler_type = "cosin"', "a.toml: lr_scheduler_type is 'cosin'; give one of cosine, wsd, linear"),
+        ("model = 3", "a.toml: model is 3; give a text in quotes"),
+        ('[model]\nhidden_size = "big"', r"a.toml, table \[model\]: hidden_size is 'big'; give a whole number"),
+        ('[model]\ntie_word_embeddings = "yes"', "tie_word_embeddings is 'yes'; give true or false"),
+    ],
+)
+def test_values_of_another_type_are_named(line, message, tmp_path):
+    (tmp_path / "a.toml").write_text(line, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        PretrainConfig.from_dict(load_toml(tmp_path / "a.toml"), "a.toml")
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_recipe_is_a_valid_configuration(name):
     config = PretrainConfig.from_dict(load_recipe(name), name)
-    assert config.architecture.resolve(config.vocab_size or 50257, config.max_length).num_parameters > 0
+    assert config.architecture.resolve(config.vocab_size or 50257, config.sequence_length).num_parameters > 0
 
 
 def test_nanogpt_recipe_has_its_published_settings():
@@ -132,7 +154,7 @@ def test_option_names_are_frozen():
     names = {field.name for field in dataclasses.fields(PretrainConfig)}
     assert names == {
         *("data", "output", "tokenizer", "vocab_size", "model", "architecture", "separator", "windows", "held_out"),
-        "document_order",
+        *("document_order", "optim", "muon_momentum"),
         *("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("max_steps", "num_train_epochs", "max_time"),
         *(

@@ -76,7 +76,7 @@ def test_the_hash_is_of_the_documents_and_their_boundaries(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r'a\.jsonl, row 2: field "text" is a int'),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r'a\.jsonl, row 2: field "text" is of type int; give a string'),
         ("a.jsonl", b'{"text": "x"}\n\n{"content": ""}\n', r'row 3: no field "text" \(fields there: content\)'),
         ("a.jsonl", b"[1]\n", "row 1: a list, not an object"),
         ("a.jsonl", b'{"text": "x"\n', "row 1: not valid JSON"),

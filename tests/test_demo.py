@@ -22,7 +22,6 @@ from ingot.demo.measure import Sample, read, write
 from ingot.demo.page import draw_page
 from ingot.demo.pretraining import EXERCISES, num_documents, num_exercises
 from ingot.demo.requests import conversation, demonstrations, merit, prompts, reward
-from ingot.demo.responses import paired_change
 from ingot.demo.story import STAGES as STORY
 from ingot.training.trainer import Trainer
 from ingot.world.vocabulary import ENDINGS, PEOPLE, PLACES, READERS, THINGS
@@ -348,14 +347,6 @@ def test_no_two_uses_of_the_world_share_a_story():
     assert not told & shown
     asked = [row["prompt"][-1]["content"] for row in prompts(0, 500)]
     assert len(set(asked)) == 500
-
-
-def test_paired_changes_are_of_the_pairs():
-    before, after = np.array([0.0, 1.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0, 0.0])
-    change = paired_change(before, after)
-    assert change.mean == pytest.approx(0.25)
-    # Deviation of (1, 0, 0, 0) is 0.5, of its mean 0.25.
-    assert (change.low, change.high) == pytest.approx((0.25 - 1.96 * 0.25, 0.25 + 1.96 * 0.25))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from ingot.tokenizer import Tokenizer
 from ingot.training import distill as phase
 from ingot.training.progress import SilentDisplay
 from ingot.training.rollouts import recompute_logprobs
-from ingot.training.teaching import prepare_prompts
+from ingot.training.teaching import prepare_lessons
 from ingot.training.verdicts import Verdict, read_verdict, write_verdict
 from killable_distill import child
 from killable_dpo import write_chat_model, write_rows
@@ -57,8 +57,8 @@ def test_a_step_is_the_formula(place, lmbda):
     for pack_length in (4096, 60):
         config = config_at(place, lmbda=lmbda, pack_length=pack_length)
         student, teacher = load_model(config.model, threads=1), load_model(config.teacher, threads=1)
-        prompts = prepare_prompts(config, None, student.config, None, SilentDisplay())
-        metrics, rollouts = phase._learn(config, prompts, student, teacher, 3)
+        lessons = prepare_lessons(config, None, student.config, None, SilentDisplay())
+        metrics, rollouts = phase._learn(config, lessons, student, 3)
         found.append((metrics, {name: np.array(value) for name, value in student.gradients.items()}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     own, theirs = recompute_logprobs(student, rollouts), recompute_logprobs(teacher, rollouts)
@@ -225,8 +225,8 @@ def test_on_the_command_line(place, capsys):
     [
         ([{"text": "a"}], {}, r"row 1: has the columns text, not those of prompt-only"),
         ([{"prompt": ""}], {}, r'row 1: field "prompt" is empty'),
-        ([{"prompt": "q" * 95}], {}, r"none of 1 prompts has 90 tokens or fewer"),
-        ([{"prompt": "q"}] * 9, {}, r"9 prompts are too few to hold 30 % of them out"),
+        ([{"prompt": "q" * 95}], {}, r"none of 1 prompts fits: the shortest has \d+ tokens and there is room for 90"),
+        ([{"prompt": "q"}] * 9, {}, r"9 prompts, 1 of them different, are too few to hold 30 % out"),
         (None, {"model": ""}, r"no model to start from: give --model"),
         (None, {"teacher": ""}, r"nobody to learn from: give --teacher"),
         (None, {"teacher": "nowhere"}, r"nowhere: no such folder"),

@@ -104,7 +104,7 @@ def test_advantages_of_one_method_go_with_the_loss_of_another(place, estimator, 
 
 def rollout(config: GRPOConfig, **given: Any) -> tuple[Any, Any]:
     """What a run starts with, and the answers of its first update."""
-    setup = prepare(config, None, Given(**given), make_display(True))
+    setup = prepare(config, Given(**given), make_display(True))
     experience = phase.gather(
         setup,
         setup.prompts.take(0, config.num_prompts),

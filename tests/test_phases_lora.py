@@ -192,7 +192,7 @@ def test_a_new_adapter_is_the_reference_which_costs_no_copy(
     phase = PHASES[name]
     phase.write(tmp_path)
     config: Any = phase.settings(tmp_path / "a" / "run", **LORA)
-    setup = prepare(config, None, Given(), SilentDisplay(), num_values=int(name == "ppo"))
+    setup = prepare(config, Given(), SilentDisplay(), num_values=int(name == "ppo"))
     count = config.per_device_train_batch_size
     experience = gather(setup, setup.prompts.take(0, count), policy=setup.policy, first_episode=0, seed=0)
     assert experience.logprobs.tobytes() == experience.ref_logprobs.tobytes()
@@ -223,7 +223,9 @@ def test_a_new_adapter_is_the_reference_which_costs_no_copy(
     assert _address(setup.reference) == _address(setup.policy)
     made: list[Setup] = []
     module = importlib.import_module(f"ingot.training.{name}")
-    monkeypatch.setattr(module, "prepare", lambda *given, **more: made.append(prepare(*given, **more)) or made[0])
+    real = module._PHASE
+    watched = dataclasses.replace(real, prepare=lambda *given: made.append(real.prepare(*given)) or made[0])
+    monkeypatch.setattr(module, "_PHASE", watched)
     (tmp_path / "a").mkdir()
     result = phase.start(dataclasses.replace(config, max_steps=2), quiet=True)
     assert result.history[-1]["eval_kl"] != 0

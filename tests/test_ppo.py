@@ -223,7 +223,7 @@ def test_a_critic_of_its_own_starts_as_the_reward_model(root, tmp_path):
     config = settings(
         root, tmp_path / "run", critic="reward_model", critic_learning_rate=1e-3, max_steps=1, save_steps=1
     )
-    setup = phase.prepare(config, None, Given(), SilentDisplay())
+    setup = phase.prepare(config, Given(), SilentDisplay())
     actors = ActorCritic.start(config, setup)
     assert setup.policy.num_values == 0
     rollouts = experience.gather(setup, setup.prompts.take(0, 5), policy=setup.policy, first_episode=0, seed=1).rollouts
@@ -286,7 +286,7 @@ def test_an_update_ends_early_where_the_policy_went_far(root, tmp_path):
 
 def test_without_a_rate_an_update_changes_nothing_and_the_ratio_is_one(root, tmp_path):
     config = settings(root, tmp_path / "run")
-    setup = phase.prepare(config, None, Given(), SilentDisplay(), num_values=1)
+    setup = phase.prepare(config, Given(), SilentDisplay(), num_values=1)
     actors = ActorCritic.start(config, setup)
     actors.restore(config, None)
     before = setup.policy.state()
@@ -503,7 +503,7 @@ def test_what_a_run_began_with_must_not_change(root, tmp_path):
     (inputs / "prompts.jsonl").write_text(rows)
     text = (inputs / "text.txt").read_text()
     (inputs / "text.txt").write_text(text + "more")
-    with pytest.raises(RunError, match=r"text\.txt: the text has changed since this run began"):
+    with pytest.raises(RunError, match=r"text\.txt changed since this run began: bring the text back"):
         ingot.resume(result.output, max_steps=2, quiet=True)
     (inputs / "text.txt").write_text(text)
     model = load_model(inputs / "base")

@@ -74,6 +74,7 @@ def test_a_run_learns_and_leaves_a_complete_folder(config, capsys):
     ):
         assert expected in card
     assert str(folder) not in card, "the card names folders of this machine"
+    assert "\n# run\n" in card
     assert PretrainConfig.from_dict(facts["config"]) == config
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -458,7 +459,7 @@ def test_what_cannot_work_is_refused_in_one_line(config, fields, error, message)
     with pytest.raises(error, match=message) as raised:
         pretrain(dataclasses.replace(config, **fields), quiet=True)
     assert "\n" not in str(raised.value)
-    assert not (Path(config.output) / "run.lock").exists()
+    assert not Path(config.output).exists(), "the corrected settings cannot use the folder"
 
 
 def test_a_model_that_does_not_fit_the_run_is_refused(config, tmp_path):
@@ -471,8 +472,32 @@ def test_a_model_that_does_not_fit_the_run_is_refused(config, tmp_path):
     with pytest.raises(ConfigError, match="brings its tokenizer"):
         pretrain(dataclasses.replace(again, vocab_size=300, output=str(tmp_path / "c")), quiet=True)
     Tokenizer.train(iter(["some words and more words"] * 9), vocab_size=262).save(tmp_path / "tok")
+    other = dataclasses.replace(again, tokenizer=str(tmp_path / "tok"), output=str(tmp_path / "d"))
+    with pytest.raises(ConfigError, match=r"tok: not the tokenizer that .*run learned with.*leave --tokenizer out"):
+        pretrain(other, quiet=True)
+    # Also a smaller one, whose ids the model has, though as other text.
+    base = dataclasses.replace(config, architecture=TINY, vocab_size=270, max_steps=1, output=str(tmp_path / "e"))
+    larger = pretrain(base, quiet=True)
+    with pytest.raises(ConfigError, match="not the tokenizer that"):
+        pretrain(dataclasses.replace(other, model=str(larger.output)), quiet=True)
+    (larger.output / "tokenizer.json").unlink()
+    assert pretrain(dataclasses.replace(other, model=str(larger.output)), quiet=True).final_loss
+    (first.output / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"262 tokens but the model .* only 256"):
-        pretrain(dataclasses.replace(again, tokenizer=str(tmp_path / "tok"), output=str(tmp_path / "d")), quiet=True)
+        pretrain(dataclasses.replace(other, output=str(tmp_path / "f")), quiet=True)
+
+
+def test_a_model_with_learned_positions_fixes_the_length_where_none_is_given(config, tmp_path):
+    gpt2 = dataclasses.replace(TINY, family="gpt2")
+    first = pretrain(dataclasses.replace(config, architecture=gpt2, max_steps=1), quiet=True)
+    again = dataclasses.replace(config, model=str(first.output), max_length=None, max_steps=1)
+    result = pretrain(dataclasses.replace(again, output=str(tmp_path / "b")), quiet=True)
+    assert json.loads((result.output / "run.json").read_bytes())["config"]["max_length"] == 32
+    # Rotary positions set no limit.
+    second = pretrain(dataclasses.replace(config, output=str(tmp_path / "c"), max_steps=1), quiet=True)
+    longer = dataclasses.replace(again, model=str(second.output), output=str(tmp_path / "d"), windows="packed")
+    result = pretrain(longer, quiet=True)
+    assert json.loads((result.output / "run.json").read_bytes())["config"]["max_length"] == 256
 
 
 def test_the_memory_estimate_is_of_the_right_size():

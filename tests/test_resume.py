@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 import killable
-from ingot.errors import ConfigError, RunError
+from ingot.errors import CheckpointError, ConfigError, RunError
 from ingot.training.callbacks import Callback
 from ingot.training.pretrain import pretrain, resume
 
@@ -79,10 +79,15 @@ def new_folder(place: Path, name: str) -> Path:
 
 
 def run_child(
-    context, folder: Path, kill_at: int | None = None, log: Path | None = None, after_s: float | None = None
+    context,
+    folder: Path,
+    kill_at: int | None = None,
+    log: Path | None = None,
+    after_s: float | None = None,
+    optim: str = "adamw",
 ) -> int:
     """Exit code of a child that runs or resumes; killed at a point, or ``after_s`` seconds after its first."""
-    process = context.Process(target=killable.child, args=(folder, kill_at, after_s, log))
+    process = context.Process(target=killable.child, args=(folder, kill_at, after_s, log, optim))
     # Starting one process asks all others whether they have ended, and two threads that read one answer get half of it each.
     with _ASKING:
         process.start()
@@ -171,6 +176,29 @@ def test_killed_at_each_named_point(context, place, reference):
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(attempt, enumerate(points)))
+
+
+def test_muon_killed_between_checkpoints_ends_the_same(context, place, reference):
+    log = place / "points-muon"
+    whole, killed = new_folder(place, "muon"), new_folder(place, "muon-killed")
+    assert run_child(context, whole, log=log, optim="muon") == 0
+    points = log.read_text().split("\n")
+    assert run_child(context, killed, kill_at=2 * len(points) // 3, optim="muon") == -signal.SIGKILL
+    assert not finished(killed)
+    assert list(killed.glob("checkpoint-*"))
+    assert run_child(context, killed) == 0
+    assert snapshot(killed) == snapshot(whole)
+    assert snapshot(whole)["model.safetensors"] != reference.snapshot["model.safetensors"]
+
+
+def test_the_state_of_another_optimizer_is_refused(place, reference, context):
+    folder = new_folder(place, "swapped")
+    run_child(context, folder, kill_at=len(reference.points) // 2)
+    facts = json.loads((folder / "run.json").read_bytes())
+    facts["config"]["optim"] = "muon"
+    (folder / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="saved with optim 'adamw', but optim is 'muon'"):
+        resume(folder, quiet=True)
 
 
 def kill_until_done(context, folder: Path, reference: Reference, rng: random.Random, most: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import sys
 from pathlib import Path
@@ -24,12 +25,13 @@ from ingot.data.rows import LanguageModelling
 from ingot.errors import ConfigError, DataError, RunError
 from ingot.feedback.agreement import measure_agreement
 from ingot.feedback.records import from_row
-from ingot.inference.intervals import bootstrap_share, share_of, wilson
+from ingot.inference.intervals import bootstrap_share, mean_of, share_of, wilson
 from ingot.inference.scoring import RewardModel
 from ingot.losses.reward import kwise_loss
 from ingot.models import Model
 from ingot.training import reward_model as phase
 from ingot.training.alarms import Alarms
+from ingot.training.progress import SilentDisplay
 from ingot.training.rankings import Judgement, Pairs, Ranked, pairs_of
 from ingot.training.reward_figures import (
     BagOfWords,
@@ -198,7 +200,7 @@ def prepared(place: Path, entries: list[dict[str, Any]], **changes: Any) -> Any:
     write_rows(place / "a.jsonl", entries)
     config = config_at(place, held_out=0.0, **changes)
     shape = phase._base_shape(config)
-    return phase.prepare_rankings(config, None, shape, None, phase.make_display(True))
+    return phase.prepare_rankings(config, None, shape, None, SilentDisplay())
 
 
 def test_all_that_is_said_about_a_prompt_is_one_group_and_never_split(place):
@@ -233,7 +235,7 @@ def test_the_whole_prompt_is_held_out(place):
     entries = [{"prompt": f"{n}?", "chosen": "a", "rejected": f"b{k}"} for n in range(40) for k in range(3)]
     write_rows(place / "a.jsonl", entries)
     config = config_at(place, held_out=0.3)
-    rankings = phase.prepare_rankings(config, None, phase._base_shape(config), None, phase.make_display(True))
+    rankings = phase.prepare_rankings(config, None, phase._base_shape(config), None, SilentDisplay())
     assert len(rankings.train) + len(rankings.held_out) == 40
     assert all(len(group) == 4 for side in (rankings.train, rankings.held_out) for group in side.examples.groups)
     assert not {row.asked() for row in rankings.train.examples.rows} & {
@@ -302,7 +304,7 @@ def test_a_run_learns_and_its_scores_are_normal(place, capsys):
     assert {"accuracy", "margin", "min_reward", "mean_reward", "max_reward"} <= set(last(result, "margin"))
     model = RewardModel.load(result.output, threads=1)
     assert model.criteria == ("helpful", "harmless")
-    rankings = phase.prepare_rankings(config, None, phase._base_shape(config), None, phase.make_display(True))
+    rankings = phase.prepare_rankings(config, None, phase._base_shape(config), None, SilentDisplay())
     scores = model.score_ids_each([each.ids for each in rankings.train.sequences])
     np.testing.assert_allclose(scores.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(scores.std(axis=0), 1, atol=1e-5)
@@ -558,6 +560,18 @@ def test_the_bag_of_words_is_the_best_one():
     np.testing.assert_allclose(words.scores(sequences), (features @ weights).detach().numpy(), atol=1e-3)
     unknown = Encoded(np.array([9], np.int32), np.ones(1, bool), (0,))
     assert words.scores([unknown]).tolist() == [0.0]
+
+
+def test_intervals_of_means():
+    # Deviation of (1, 0, 0, 0) is 0.5, of its mean 0.25.
+    found = mean_of([1.0, 0.0, 0.0, 0.0])
+    assert (found.value, found.error) == (0.25, 0.25)
+    assert (found.low, found.high) == pytest.approx((0.25 - 1.959964 * 0.25, 0.25 + 1.959964 * 0.25))
+    assert found.margin == pytest.approx(1.959964 * 0.25)
+    one, none = mean_of([3.0]), mean_of([])
+    assert (one.value, one.low, one.high) == (3.0, -math.inf, math.inf)
+    assert math.isnan(none.value)
+    assert (none.low, none.high) == (-math.inf, math.inf)
 
 
 def test_intervals():

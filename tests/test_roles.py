@@ -81,7 +81,7 @@ def settings(root: Path, folder: Path, **changes: Any) -> Any:
 
 def made(config: Any, display: SilentDisplay | None = None) -> tuple[Setup, ActorCritic]:
     shared = int(config.critic == "shared")
-    setup = prepare(config, None, Given(), display or SilentDisplay(), num_values=shared)
+    setup = prepare(config, Given(), display or SilentDisplay(), num_values=shared)
     return setup, ActorCritic.start(config, setup)
 
 

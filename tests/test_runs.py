@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from ingot import durable
 from ingot.errors import CheckpointError, RunError
+from ingot.tokenizer import Tokenizer
 from ingot.training import checkpoints
 from ingot.training.locks import RunLock
 from ingot.training.metrics import MetricsLog
@@ -272,6 +273,26 @@ def test_a_new_run_saves_its_settings_at_once_and_takes_only_an_empty_folder(tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be made"):
         RunFolder.create(tmp_path / "file", "pretrain", CONFIG)
+
+
+def test_a_run_that_fails_before_it_began_leaves_what_others_put_there(tmp_path):
+    def work(error, path, stranger=False):
+        with RunFolder.create(path, "pretrain", CONFIG) as folder:
+            folder.save_tokenizer(Tokenizer.bytes_only())
+            if stranger:
+                (path / "notes.txt").write_text("precious")
+            raise error("wrong")
+
+    for error in (RunError, FileNotFoundError):
+        with pytest.raises(error, match="wrong"):
+            work(error, tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+    with pytest.raises(KeyboardInterrupt):
+        work(KeyboardInterrupt, tmp_path / "b")
+    RunFolder.open(tmp_path / "b").close()
+    with pytest.raises(RunError, match="wrong"):
+        work(RunError, tmp_path / "c", stranger=True)
+    assert [entry.name for entry in (tmp_path / "c").iterdir()] == ["notes.txt"]
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path):

@@ -232,5 +232,5 @@ def test_a_reward_model_writes_nothing(tmp_path, capsys, command):
     model = ["--model", str(folder)] if command == "pretrain" else [str(folder)]
     data = ["--data", str(tmp_path / "text.txt")] if command in ("eval", "pretrain") else []
     output = ["--output", str(tmp_path / "run"), "--max-length", "32"] if command == "pretrain" else []
-    assert main([command, *model, *data, *output]) == 1
+    assert main([command, *model, *data, *output]) == 2
     assert "rm: is a reward model, which scores and writes nothing: give a model that writes" in capsys.readouterr().err

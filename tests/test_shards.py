@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ingot.data.cache import CacheMismatch, cached_files, clear_cache
 from ingot.data.corpus import Corpus
-from ingot.data.shards import TokenShards, cached_files, clear_cache
+from ingot.data.shards import TokenShards
 from ingot.errors import DataError
 
 
@@ -88,10 +89,20 @@ def test_a_damaged_file_is_made_again_and_refused_when_opened(tmp_path):
             TokenShards.open(path)
         built = TokenShards.build(Corpus([b"abc" * 100]), tokenizer, tmp_path)
         assert built.path.read_bytes() == whole
-    with pytest.raises(DataError, match="another tokenizer"):
-        TokenShards.open(path, tokenizer=ByteTokenizer(end=5))
-    with pytest.raises(DataError, match="another text"):
-        TokenShards.open(path, source_hash="0" * 64)
+
+
+def test_a_file_of_another_text_or_tokenizer_is_refused_and_not_overwritten(tmp_path):
+    corpus, tokenizer = Corpus([b"abc"]), ByteTokenizer()
+    first = TokenShards.build(corpus, tokenizer, tmp_path)
+    with pytest.raises(CacheMismatch, match=r"another tokenizer \(tokenizer_hash "):
+        TokenShards.open(first.path, tokenizer=ByteTokenizer(end=5))
+    with pytest.raises(CacheMismatch, match=r"another text \(source_hash .*, expected 000000000000\); delete it"):
+        TokenShards.open(first.path, source_hash="0" * 64)
+    other = TokenShards.build(Corpus([b"abd"]), tokenizer, tmp_path).path
+    other.write_bytes(first.path.read_bytes())
+    with pytest.raises(CacheMismatch, match="another text"):
+        TokenShards.build(Corpus([b"abd"]), tokenizer, tmp_path)
+    assert other.read_bytes() == first.path.read_bytes()
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
@@ -111,6 +122,6 @@ def test_the_cache_can_be_listed_and_cleared(tmp_path):
     files = cached_files(tmp_path)
     assert len(files) == 2
     size = sum(path.stat().st_size for path in files)
-    assert clear_cache(tmp_path) == size
+    assert clear_cache(tmp_path) == (2, size)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert cached_files(Path(tmp_path) / "nowhere") == []

@@ -7,6 +7,7 @@ import functools
 import json
 import pickle
 import random
+import re
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 import ingot.tokenizer
 from ingot import Tokenizer
+from ingot.normalization import nfc
 from oracle import bpe
 
 PATTERNS = ingot.tokenizer.PATTERNS
@@ -865,3 +867,91 @@ def test_a_megabyte_of_anything_takes_moments(pattern: str, kind: str) -> None:
     ids = tokenizer.encode(text)
     assert time.perf_counter() - started < 8
     assert tokenizer.decode(ids) == text
+
+
+# ---- files that bring text into Unicode's form C first, as Qwen's does
+
+COMPOSING = [
+    *"aeoAK ;`\n\u212a\u037e\u1100\u1161\u11a8\uac00\u0915\u093c\u0301\u0323\u0345\u05b0\u0338\u3099\u304b",
+    # After Unicode 9: marks, and a pair that joins.
+    *"\u0898\u07fd\u1abf\U0001e2ec\U00011935\U00011930\U00011938",
+    *["é", "e\u0301", "<think>", "<|im_end|>", END, "word"],
+]
+
+
+@pytest.fixture(scope="module")
+def normalizing(tmp_path_factory) -> Path:
+    """A tokenizer.json in the shape of Qwen's: form C, special tokens, and added tokens that are not special."""
+    folder = tmp_path_factory.mktemp("nfc")
+    specials = [END, "<|im_end|>"]
+    text = [TEXT, "café déjà é à ≯ 한국어 " * 20]
+    Tokenizer.train(iter(text), vocab_size=700, pattern="qwen2", special_tokens=specials).save(folder)
+    document = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    document["normalizer"] = {"type": "NFC"}
+    document["added_tokens"].append({**document["added_tokens"][0], "id": 700, "content": "<think>", "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    return folder
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.sampled_from(COMPOSING) | st.characters(exclude_categories=["Cs"])).map("".join))
+def test_form_c_is_that_of_tokenizers(text: str, normalizing: Path) -> None:
+    peer = tokenizers.Tokenizer.from_file(str(normalizing / "tokenizer.json"))
+    ours = Tokenizer.from_file(normalizing)
+    assert nfc(text) == tokenizers.normalizers.NFC().normalize_str(text)
+    # The peer finds special tokens in any text; what reads as one only after it was normalized is none for it, and is one for us.
+    if "\u212a" not in text:
+        expected = peer.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, allowed_special="all") == expected
+        assert ours.encode_batch_to_numpy([text], allowed_special="all")[0].tolist() == expected
+    assert ours.decode(ours.encode_ordinary(text)) == "".join(
+        part if part == "<think>" else nfc(part) for part in re.split("(<think>)", text)
+    )
+
+
+def test_form_c_of_every_character_is_that_of_tokenizers() -> None:
+    peer = tokenizers.normalizers.NFC()
+    for around in ("{}", "a{}\u0301", "\u0345{}", "\U00011935{}\u0323"):
+        whole = "\n".join(around.format(c) for c in SCALARS if c != "\n")
+        assert nfc(whole) == peer.normalize_str(whole)
+
+
+def test_a_normalizing_tokenizer_everywhere(normalizing: Path, tmp_path: Path) -> None:
+    ours = Tokenizer.from_file(normalizing)
+    text = "e\u0301 cafe\u0301\nde\u0301ja\u0300 <think>\u0338 \u1112\u1161\u11ab"
+    ids = ours.encode(text)
+    assert ours.decode(ids) == "é café\ndéjà <think>\u0338 한"
+    assert ids == ours.encode(ours.decode(ids))
+    assert ours.encode_to_numpy(text).tolist() == ours.encode_batch([text])[0] == ids
+    assert ours.encode_ordinary(text.encode()) == ids
+    assert ours.encode_ordinary(b"\xffe\xcc\x81") == [*ours.encode_ordinary(b"\xff"), *ours.encode_ordinary("é")]
+    assert b"".join(piece for piece, _ in ours.pieces(text)) == ours.decode_bytes(ids)
+    (tmp_path / "a.txt").write_bytes(text.encode() * 3)
+    assert ours.encode_file(tmp_path / "a.txt", tmp_path / "a.npy") == 3 * len(ids)
+    assert np.load(tmp_path / "a.npy").tolist() == ours.encode_ordinary(text * 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.txt"]
+
+    ours.save(tmp_path / "again")
+    document = json.loads((tmp_path / "again" / "tokenizer.json").read_bytes())
+    assert document["normalizer"] == {"type": "NFC"}
+    plain = json.loads((normalizing / "tokenizer.json").read_bytes()) | {"normalizer": None}
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    assert Tokenizer.from_file(tmp_path / "plain.json") != ours
+    more = ours.with_special_tokens(["<|more|>"])
+    assert more != ours
+    for same in (Tokenizer.from_file(tmp_path / "again"), pickle.loads(pickle.dumps(ours))):
+        assert same == ours
+        assert same.encode(text) == ids
+    assert more.encode(text) == ids
+    with pytest.raises(ValueError, match="form C"):
+        ours.save_tiktoken(tmp_path / "x.tiktoken")
+
+
+def test_what_is_no_text_and_no_file_is_named(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.bytes_only()
+    with pytest.raises(TypeError, match="text is int: give str or bytes"):
+        tokenizer.encode(5)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json in this folder"):
+        Tokenizer.from_file(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        Tokenizer.from_file(tmp_path / "nowhere")

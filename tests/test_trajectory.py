@@ -29,9 +29,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("optim", "dropout"), [("adamw", 0.0), ("adamw", 0.1), ("muon", 0.0)])
 @pytest.mark.parametrize("shape", CONFIGS)
-def test_losses_follow_the_f64_twin(shape: str, dropout: float) -> None:
+def test_losses_follow_the_f64_twin(shape: str, optim: base.Optim, dropout: float) -> None:
     config = dataclasses.replace(CONFIGS[shape], dropout=dropout)
     # 0.3: from weights that already do something, in 200 steps to a loss well below ln V.
     weights = {name: 0.3 * array for name, array in perturbed(config).items()}
@@ -41,19 +41,19 @@ def test_losses_follow_the_f64_twin(shape: str, dropout: float) -> None:
         model.load_state(weights)
         return model
 
-    exact = train(lambda: twin(config, weights, precision="f64"))
-    rounded = train(lambda: twin(config, weights, precision="f32"))
-    ours = train(native)
+    exact = train(lambda: twin(config, weights, precision="f64"), optim)
+    rounded = train(lambda: twin(config, weights, precision="f32"), optim)
+    ours = train(native, optim)
     assert exact[0] > 3.0
     assert exact[-10:].mean() < 0.75 * exact[0], "nothing was learned: the comparison would be of no use"
     bound = max(1e-3, 4 * np.abs(rounded - exact).max())
     assert np.abs(ours - exact).max() <= bound
 
 
-def train(make: Callable[[], base.Model]) -> np.ndarray:
-    """Losses of AdamW with clipping, warm-up and cosine decay."""
+def train(make: Callable[[], base.Model], optim: base.Optim) -> np.ndarray:
+    """Losses of an optimizer with clipping, warm-up and cosine decay."""
     model = make()
-    model.optimizer = ingot.Optimizer(model, betas=(0.9, 0.95), weight_decay=0.1)
+    model.optimizer = ingot.Optimizer(model, betas=(0.9, 0.95), weight_decay=0.1, optim=optim)
     precise = model.parameters[next(iter(model.parameters))].dtype
     losses = []
     for step in range(NUM_STEPS):

@@ -91,7 +91,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
 def train(folder: Path, monkeypatch: Any, seed: int = 0, **changes: Any) -> tuple[float, float]:
     """Reward and KL of the last updates of a run."""
     config = dataclasses.replace(CONFIG, output=str(folder), seed=seed, **changes)
-    monkeypatch.setattr(phase, "prepare", lambda *_, **__: bandit.setup(seed))
+    monkeypatch.setattr(phase, "_PHASE", dataclasses.replace(phase._PHASE, prepare=lambda *_: bandit.setup(seed)))
     phase.grpo(config, quiet=True)
     reward, kl = bandit.last_means(bandit.updates(folder), "reward", "objective/kl", count=20)
     return reward, kl

@@ -12,12 +12,13 @@ from ingot.configs import ModelConfig, SFTConfig
 from ingot.data.chat import Encoded
 from ingot.data.examples import assemble_pack
 from ingot.models import Model, Optimizer
+from ingot.models.base import Optim
 from ingot.training import sft as phase
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 
 
-def network(vocab: int, length: int, layers: int, seed: int) -> Any:
+def network(vocab: int, length: int, layers: int, seed: int, optim: Optim = "adamw") -> Any:
     """Positions are learned: how sure one may be depends on how much was read."""
     shape = ModelConfig.gpt2(
         vocab_size=vocab,
@@ -29,7 +30,7 @@ def network(vocab: int, length: int, layers: int, seed: int) -> Any:
         tie_word_embeddings=False,
     )
     model = Model(shape, seed=seed, threads=1)
-    model.optimizer = Optimizer(model, weight_decay=0.0)
+    model.optimizer = Optimizer(model, weight_decay=0.0, optim=optim)
     return model
 
 
@@ -87,8 +88,8 @@ class Chain:
 
 
 @functools.lru_cache
-def chain_gap(seed: int, shift: int = 1) -> float:
-    chain, model = Chain(seed), network(16, 64, 1, seed)
+def chain_gap(seed: int, shift: int = 1, optim: Optim = "adamw") -> float:
+    chain, model = Chain(seed), network(16, 64, 1, seed, optim)
     train(model, lambda: chain.draw(16), 250, 1e-2, shift)
     return chain.gap(model)
 
@@ -97,6 +98,11 @@ def chain_gap(seed: int, shift: int = 1) -> float:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_chain_of_letters_is_learned(seed):
     assert chain_gap(seed) <= 0.03
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_muon_is_no_worse_in_as_many_steps(seed):
+    assert chain_gap(seed, optim="muon") <= chain_gap(seed) + 0.002
 
 
 def test_log_probabilities_shifted_by_one_fail():

@@ -186,6 +186,7 @@ class Optimizer:
         betas: tuple[float, float],
         eps: float,
         eps_mode: str,
+        muon_momentum: float | None,
         adapter: int | None,
     ) -> Optimizer: ...
     def step(self, model: Model, *, lr: float, clip_norm: float | None) -> tuple[float, bool]: ...

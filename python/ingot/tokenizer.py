@@ -6,9 +6,11 @@ valid UTF-8 are legal input.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,9 @@ import numpy.typing as npt
 
 from ingot import _native
 from ingot.data.corpus import Corpus, join_surrogates
+from ingot.durable import temporary_name, write_file
+from ingot.errors import ConfigError, DataError
+from ingot.normalization import is_nfc, nfc
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token that ends a document, where a vocabulary has it."""
@@ -35,6 +40,7 @@ Progress: TypeAlias = Callable[[str, int, int], object]
 Source: TypeAlias = str | Path | Sequence[str | Path] | Iterable[str | bytes]
 
 _BATCH_BYTES = 16 << 20
+_JSON = "tokenizer.json"
 _ResultT = TypeVar("_ResultT")
 
 
@@ -53,14 +59,16 @@ class Tokenizer:
     """
 
     _core: _native.Tokenizer
+    _nfc: bool
 
     def __init__(self) -> None:
         raise TypeError("make a Tokenizer with Tokenizer.train, from_file, from_tiktoken or bytes_only")
 
     @classmethod
-    def _wrap(cls, core: _native.Tokenizer) -> Tokenizer:
+    def _wrap(cls, core: _native.Tokenizer, nfc: bool = False) -> Tokenizer:
         tokenizer = object.__new__(cls)
         tokenizer._core = core
+        tokenizer._nfc = nfc
         return tokenizer
 
     # ---- making one
@@ -113,11 +121,11 @@ class Tokenizer:
         least = NUM_BYTES + len(special_tokens)
         if vocab_size < least:
             # Before any text is read.
-            raise ValueError(
+            raise ConfigError(
                 f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens need at least {least}"
             )
         if min_frequency < 0:
-            raise ValueError(f"min_frequency is {min_frequency}: it cannot be negative")
+            raise ConfigError(f"min_frequency is {min_frequency}: it cannot be negative")
         trainer = _native.TokenizerTrainer(pattern, threads)
         for num_bytes in _count(trainer, source):
             if progress is not None:
@@ -134,6 +142,7 @@ class Tokenizer:
         """Read Hugging Face's ``tokenizer.json``, or the one in a folder.
 
         Ids are those of ``tokenizers.Tokenizer.from_file(path).encode(text, add_special_tokens=False)`` for text without special tokens.
+        Where the file says so (Qwen's does), text is brought into Unicode's form C first; decoding then gives that form back.
 
         Raises
         ------
@@ -142,7 +151,22 @@ class Tokenizer:
         ValueError
             The file is damaged, or is no byte-level BPE with a known pattern; the message names the part.
         """
-        return cls._wrap(_native.Tokenizer.from_file(path))
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        if not file.exists():
+            where = f"no {file.name} in this folder" if Path(path).is_dir() else "no such file or folder"
+            raise FileNotFoundError(
+                errno.ENOENT, f"{where}; give a tokenizer's folder or its tokenizer.json", str(path)
+            )
+        try:
+            return cls._wrap(_native.Tokenizer.from_file(path))
+        except DataError:
+            contents = _without_nfc(file)
+            if contents is None:
+                raise
+        try:
+            return cls._wrap(_native.Tokenizer.from_contents(_JSON, contents, "", []), nfc=True)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
 
     @classmethod
     def from_tiktoken(
@@ -184,19 +208,25 @@ class Tokenizer:
             return self
         ids = range(self.vocab_size, self.vocab_size + len(new))
         kind, contents = self._core.contents()
-        if kind == "tokenizer.json":
+        if kind == _JSON:
             document = json.loads(contents)
             flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
             document["added_tokens"] += [{"id": i, "content": name, **flags} for i, name in zip(ids, new, strict=True)]
             contents = json.dumps(document).encode()
-        return _restore(kind, contents, self.pattern, [*self.special_tokens.items(), *zip(new, ids, strict=True)])
+        specials = [*self.special_tokens.items(), *zip(new, ids, strict=True)]
+        return _restore(kind, contents, self.pattern, specials, self._nfc)
 
     def save(self, path: str | Path) -> Path:
         """Write ``tokenizer.json`` into the folder ``path`` (made if need be), or to ``path`` itself if it ends in ``.json``.
 
         The file appears whole or not at all. Returns where it is. ``tokenizers`` opens it and gives the same ids.
         """
-        return Path(self._core.save(path))
+        saved = Path(self._core.save(path))
+        if self._nfc:
+            document = json.loads(saved.read_bytes())
+            document["normalizer"] = {"type": "NFC"}
+            write_file(saved, json.dumps(document, ensure_ascii=False, indent=2).encode())
+        return saved
 
     def save_tiktoken(self, path: str | Path) -> None:
         """Write the tokens that are not special as tiktoken's rank file, which gives the same ids there.
@@ -204,8 +234,13 @@ class Tokenizer:
         Raises
         ------
         ValueError
-            The vocabulary comes from a file whose ids do not follow the order of its merges; tiktoken would give other ids.
+            The vocabulary comes from a file whose ids do not follow the order of its merges, or that normalizes text; tiktoken would
+            give other ids.
         """
+        if self._nfc:
+            raise ValueError(
+                "this tokenizer brings text into Unicode's form C, and tiktoken does not: save it as tokenizer.json"
+            )
         self._core.save_tiktoken(path)
 
     # ---- text to ids
@@ -231,18 +266,18 @@ class Tokenizer:
             A disallowed special token occurs; the message names it and says what to do.
         """
         allowed, disallowed = _names(allowed_special), _names(disallowed_special)
-        return _repaired(lambda t: self._core.encode(t, allowed, disallowed), text)
+        return _repaired(lambda t: self._core.encode(t, allowed, disallowed), self._normal(text, allowed))
 
     def encode_ordinary(self, text: Text) -> list[int]:
         """Ids of a text in which special tokens are ordinary text."""
-        return _repaired(lambda t: self._core.encode(t, [], []), text)
+        return _repaired(lambda t: self._core.encode(t, [], []), self._normal(text, []))
 
     def encode_to_numpy(
         self, text: Text, *, allowed_special: Special = frozenset(), disallowed_special: Special = ()
     ) -> npt.NDArray[np.uint32]:
         """Ids of a text as an array, u32 [num_tokens]. By default special tokens are ordinary text: this is for data."""
         allowed, disallowed = _names(allowed_special), _names(disallowed_special)
-        return _repaired(lambda t: self._core.encode_to_numpy(t, allowed, disallowed), text)
+        return _repaired(lambda t: self._core.encode_to_numpy(t, allowed, disallowed), self._normal(text, allowed))
 
     def encode_batch(
         self,
@@ -254,7 +289,8 @@ class Tokenizer:
     ) -> list[list[int]]:
         """Ids of many texts, encoded by several threads; see :meth:`encode`."""
         allowed, disallowed = _names(allowed_special), _names(disallowed_special)
-        return _repaired_all(lambda t: self._core.encode_batch(t, allowed, disallowed, threads), texts)
+        normal = [self._normal(text, allowed) for text in texts]
+        return _repaired_all(lambda t: self._core.encode_batch(t, allowed, disallowed, threads), normal)
 
     def encode_batch_to_numpy(
         self,
@@ -274,7 +310,8 @@ class Tokenizer:
             i64 [len(texts) + 1]: the ids of text ``i`` are ``ids[offsets[i]:offsets[i + 1]]``.
         """
         allowed, disallowed = _names(allowed_special), _names(disallowed_special)
-        return _repaired_all(lambda t: self._core.encode_batch_to_numpy(t, allowed, disallowed, threads), texts)
+        normal = [self._normal(text, allowed) for text in texts]
+        return _repaired_all(lambda t: self._core.encode_batch_to_numpy(t, allowed, disallowed, threads), normal)
 
     def encode_file(self, path: str | Path, output: str | Path, *, threads: int | None = None) -> int:
         """Encode a file, special tokens as ordinary text, into a ``.npy`` array of one dimension; the number of tokens.
@@ -282,14 +319,46 @@ class Tokenizer:
         The array is ``uint16`` where all ids fit (``vocab_size`` up to 65,536), else ``uint32``. The file is read block by block, cut
         where pieces end, so that memory stays bounded and the ids are those of the whole text. ``output`` appears whole or not at all.
         """
-        return self._core.encode_file(path, output, threads)
+        if not self._nfc:
+            return self._core.encode_file(path, output, threads)
+        normal = temporary_name(Path(output))
+        try:
+            # No character joins with a line's end.
+            with Path(path).open("rb") as source, normal.open("wb") as sink:
+                sink.writelines(_as_bytes(self._normal(line, [])) for line in source)
+            return self._core.encode_file(normal, output, threads)
+        finally:
+            normal.unlink(missing_ok=True)
 
     def pieces(self, text: Text) -> list[tuple[bytes, list[int]]]:
         """How an ordinary text is cut: each piece with the ids of its tokens. No token crosses the border of a piece."""
-        data = text if isinstance(text, bytes) else join_surrogates(text).encode()
+        data = _as_bytes(self._normal(text, []))
         offsets = self._core.piece_offsets(data).tolist()
         pieces = [data[start:end] for start, end in itertools.pairwise(offsets)]
         return [(piece, self.encode_ordinary(piece)) for piece in pieces]
+
+    def _normal(self, text: Text, allowed: list[str] | None) -> Text:
+        """The text as the merges are to see it; tokens that are found in it as such stay as they are."""
+        if not isinstance(text, str | bytes):
+            raise TypeError(f"text is {type(text).__name__}: give str or bytes")
+        if not self._nfc:
+            return text
+        # Bytes that are no UTF-8 stay: as lone surrogates they have no other form.
+        shown = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else join_surrogates(text)
+        if is_nfc(shown):
+            return text
+        found = [*self._always, *(self.special_tokens if allowed is None else allowed)]
+        found.sort(key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, found)) + ")", shown) if found else [shown]
+        shown = "".join(part if index % 2 else nfc(part) for index, part in enumerate(parts))
+        return shown.encode("utf-8", "surrogateescape") if isinstance(text, bytes) else shown
+
+    @cached_property
+    def _always(self) -> list[str]:
+        """Added tokens that any text gives, allowed or not: those of a file that are not special."""
+        kind, contents = self._core.contents()
+        added = json.loads(contents)["added_tokens"] if kind == _JSON else []
+        return [entry["content"] for entry in added if not entry.get("special", False)]
 
     # ---- ids to text
 
@@ -340,7 +409,7 @@ class Tokenizer:
     @cached_property
     def hash(self) -> str:
         """sha256, as hex, of all that decides ids: tokens, merges, pattern and special tokens. Independent of file and machine."""
-        return hashlib.sha256(self._core.canonical_bytes()).hexdigest()
+        return hashlib.sha256(self._core.canonical_bytes() + (b"NFC" if self._nfc else b"")).hexdigest()
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -348,7 +417,7 @@ class Tokenizer:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tokenizer):
             return NotImplemented
-        return self._core is other._core or self.hash == other.hash
+        return self is other or self.hash == other.hash
 
     def __hash__(self) -> int:
         return hash(self.hash)
@@ -358,12 +427,30 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[object, ...]]:
         kind, contents = self._core.contents()
-        return _restore, (kind, contents, self.pattern, list(self.special_tokens.items()))
+        return _restore, (kind, contents, self.pattern, list(self.special_tokens.items()), self._nfc)
 
 
-def _restore(kind: str, contents: bytes, pattern: str, special_tokens: list[tuple[str, int]]) -> Tokenizer:
+def _restore(
+    kind: str, contents: bytes, pattern: str, special_tokens: list[tuple[str, int]], nfc: bool = False
+) -> Tokenizer:
     """Undo :meth:`Tokenizer.__reduce__`."""
-    return Tokenizer._wrap(_native.Tokenizer.from_contents(kind, contents, pattern, special_tokens))
+    return Tokenizer._wrap(_native.Tokenizer.from_contents(kind, contents, pattern, special_tokens), nfc)
+
+
+def _without_nfc(file: Path) -> bytes | None:
+    """The contents of a tokenizer.json whose normalizer is form C, without it; None for any other."""
+    try:
+        document = json.loads(file.read_bytes())
+        normalizer = document.pop("normalizer")
+        if normalizer.get("type") == "Sequence":
+            (normalizer,) = normalizer["normalizers"]
+        return json.dumps(document).encode() if normalizer["type"] == "NFC" else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _as_bytes(text: Text) -> bytes:
+    return text if isinstance(text, bytes) else join_surrogates(text).encode()
 
 
 def _names(special: Special) -> list[str] | None:

@@ -1,7 +1,7 @@
 """The command line: ``ingot VERB ...``. Each command is a frozen dataclass of its flags with a ``run`` method, in a file of its own.
 
 This file only finds the command, so that ``ingot --help`` answers at once; what a command needs is imported when it runs.
-Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage: flags or settings that cannot be, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ COMMANDS: dict[str, Entry] = {
     "eval": Entry("evaluate", "Evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "generate": Entry("generate", "Generate", "let a model continue a prompt"),
     "chat": Entry("chat", "Chat", "talk with a model; its answers appear as they are written"),
-    "cache": Entry("cache", "Cache", "list or clear the token files kept between runs"),
+    "cache": Entry("cache", "Cache", "list or clear the tokenized data kept between runs"),
     "env": Entry("environment", "Environment", "a report on this machine and installation, to paste into a question"),
 }
 
@@ -78,7 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, MemoryError, ImportError) as error:
         print(f"ingot: {describe(error)}", file=sys.stderr)
-        return 1
+        return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for settings that cannot be, 1 for what went wrong with settings that can."""
+    from ingot.errors import ConfigError
+
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def describe(error: BaseException) -> str:
@@ -126,9 +133,16 @@ def parse_flags(
     """Build ``command`` from flags with tyro; wrong usage prints why, with the nearest flag, and exits with 2."""
     import tyro
 
-    if default is None:
-        return tyro.cli(command, prog=prog, args=list(arguments))
-    return tyro.cli(command, prog=prog, args=list(arguments), default=default)
+    from ingot.cli.settings import check_resume
+    from ingot.cli.usage import in_one_line
+
+    with in_one_line(prog):
+        if default is None:
+            parsed = tyro.cli(command, prog=prog, args=list(arguments))
+        else:
+            parsed = tyro.cli(command, prog=prog, args=list(arguments), default=default)
+    check_resume(parsed, arguments)
+    return parsed
 
 
 def _overview(commands: dict[str, Entry]) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """List or clear the token files that are kept between runs."""
+    """List or clear the tokenized data that are kept between runs."""
 
     folder: str = "runs/.cache"
     """The cache folder; a run keeps it beside its output folder."""
@@ -16,14 +16,14 @@ class Cache:
 
     def run(self) -> int:
         """List, or clear."""
-        from ingot.data.shards import cached_files, clear_cache
+        from ingot.data.cache import cached_files, clear_cache
 
-        files = cached_files(self.folder)
         if self.clear:
-            freed = clear_cache(self.folder)
-            print(f"deleted {len(files)} token files, {freed / 1e6:.1f} MB")
+            count, freed = clear_cache(self.folder)
+            print(f"deleted {count} files of tokenized data, {freed / 1e6:.1f} MB")
             return 0
+        files = cached_files(self.folder)
         for path in files:
             print(f"{path.stat().st_size / 1e6:10.1f} MB  {path}")
-        print(f"{len(files)} token files in {self.folder}")
+        print(f"{len(files)} files of tokenized data in {self.folder}")
         return 0

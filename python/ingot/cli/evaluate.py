@@ -66,6 +66,7 @@ class Evaluate:
         print(f"loss           {result.loss:.4f} nats per token")
         print(f"perplexity     {result.perplexity:.3f} (per token of this tokenizer)")
         print(f"bits_per_byte  {result.bits_per_byte:.4f}")
-        print(f"num_tokens     {result.num_tokens:,} of {result.num_documents:,} documents, {result.num_bytes:,} bytes")
+        documents = f"{result.num_documents:,} document{'s' if result.num_documents != 1 else ''}"
+        print(f"num_tokens     {result.num_tokens:,} of {documents}, {result.num_bytes:,} bytes")
         print(f"rule           {result.rule}")
         return 0

@@ -81,11 +81,15 @@ class Generate:
             "seed": self.seed,
         }
         if self.prompts is None and not self.json:
+            if self.num_samples < 1:
+                raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")
             for index in range(self.num_samples):
+                # Wrong settings are refused before anything is shown.
+                pieces = stream(model, tokenizer, self.prompt or "", sample_index=index, **options)
                 if self.num_samples > 1:
                     print(f"--- sample {index + 1} of {self.num_samples}")
                 sys.stdout.write(self.prompt or "")
-                for piece in stream(model, tokenizer, self.prompt or "", sample_index=index, **options):
+                for piece in pieces:
                     sys.stdout.write(piece)
                     sys.stdout.flush()
                 print()

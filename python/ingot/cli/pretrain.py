@@ -43,7 +43,12 @@ class Pretrain(PretrainConfig):
         if config is not None:
             override(fields, PretrainConfig.fields_of(load_toml(config), config), _GROUPS)
         override(fields, {}, _GROUPS, flag_names(arguments))
-        return parse_flags(cls, arguments, prog="ingot pretrain", default=cls(**fields))
+        parsed = parse_flags(cls, arguments, prog="ingot pretrain", default=cls(**fields))
+        shape = sorted(name for name in flag_names(arguments) if name.startswith("model."))
+        if parsed.model is not None and shape:
+            flag = "--" + shape[0].replace("_", "-")
+            raise ConfigError(f"{flag} shapes a new network, and --model goes on from one: leave one of them out")
+        return parsed
 
     def settings(self) -> PretrainConfig:
         """The configuration of the run, without the flags that only led to it."""

@@ -5,8 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ingot.errors import ConfigError
+
 LENGTHS = ("max_steps", "num_train_epochs", "max_time")
 """Each fixes the length of a run, so a run has one of them."""
+
+# Flags that go with --resume: all else is as the run began.
+_RESUMING = {"resume", "max_steps", "threads", "level", "json", "no_json"}
+
+
+def check_resume(command: object, arguments: Sequence[str]) -> None:
+    """Refuse settings beside ``--resume``, where they would be ignored.
+
+    Raises
+    ------
+    ConfigError
+        Names the first of them.
+    """
+    if getattr(command, "resume", None) is None:
+        return
+    others = [name for name in flag_names(arguments) if name not in _RESUMING]
+    if others:
+        flag = "--" + min(others).replace("_", "-")
+        raise ConfigError(
+            f"--resume goes on with the run's own settings: leave {flag} out (--max-steps, --threads and --level may be given)"
+        )
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str | None:

@@ -22,7 +22,7 @@ class Train:
     """Folder for tokenizer.json."""
     vocab_size: int = 4096
     """Number of token ids, special tokens included; 256 means bytes as they are."""
-    pattern: Literal["gpt2", "cl100k", "llama3", "qwen2"] = "gpt2"
+    pattern: Literal["gpt2", "cl100k", "llama3", "qwen2", "smollm"] = "gpt2"
     """How text is cut into words before merging."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Tokens that text can never produce; they take the last ids."""
@@ -41,22 +41,31 @@ class Train:
 
         import ingot
         from ingot.data.corpus import Corpus
+        from ingot.training.progress import make_display
 
         if not self.files:
             raise ConfigError("no text to learn from: name files or folders")
+        if (Path(self.output) / "config.json").exists():
+            raise ConfigError(
+                f"{self.output}: holds a model, which needs the tokenizer that it learned with; choose another --output"
+            )
         corpus = Corpus(self.files, separator=self.separator)
         if corpus.num_bytes == 0:
             raise DataError(f"{', '.join(self.files)}: there is no text to learn from")
         started = time.perf_counter()
-        specials = () if self.vocab_size == 256 else self.special_tokens
-        tokenizer = ingot.Tokenizer.train(
-            corpus,
-            vocab_size=self.vocab_size,
-            pattern=self.pattern,
-            special_tokens=list(specials),
-            min_frequency=self.min_frequency,
-            threads=self.threads,
-        )
+        display = make_display(quiet=self.json)
+        try:
+            tokenizer = ingot.Tokenizer.train(
+                corpus,
+                vocab_size=self.vocab_size,
+                pattern=self.pattern,
+                special_tokens=list(self.special_tokens),
+                min_frequency=self.min_frequency,
+                threads=self.threads,
+                progress=lambda stage, done, total: display.work(stage, done, total or corpus.num_bytes),
+            )
+        finally:
+            display.stop()
         elapsed_s = time.perf_counter() - started
         tokenizer.save(self.output)
         facts = {
@@ -70,10 +79,9 @@ class Train:
         if self.json:
             print(json.dumps(facts))
         else:
-            megabytes = corpus.num_bytes / 1e6
-            print(
-                f"learned {tokenizer.vocab_size} tokens from {megabytes:.1f} MB in {elapsed_s:.2f} s: {facts['tokenizer']}"
-            )
+            size = corpus.num_bytes
+            amount = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size:,} bytes"
+            print(f"learned {tokenizer.vocab_size} tokens from {amount} in {elapsed_s:.2f} s: {facts['tokenizer']}")
         return 0
 
 
@@ -87,6 +95,8 @@ class Encode:
     """Folder or tokenizer.json."""
     output: str
     """The .npy file to write."""
+    threads: int | None = None
+    """CPU threads; what affinity and the container allow unless given. The result does not depend on it."""
     json: bool = False
     """Print the facts as JSON."""
 
@@ -94,8 +104,9 @@ class Encode:
         """Encode, save, say how well the vocabulary fits."""
         import ingot
 
+        _refuse_same(self.file, self.output)
         tokenizer = ingot.Tokenizer.from_file(self.tokenizer)
-        num_tokens = tokenizer.encode_file(self.file, self.output)
+        num_tokens = tokenizer.encode_file(self.file, self.output, threads=self.threads)
         num_bytes = Path(self.file).stat().st_size
         facts = {"output": self.output, "num_tokens": num_tokens, "num_bytes": num_bytes}
         facts["bytes_per_token"] = round(num_bytes / num_tokens, 4) if num_tokens else 0.0
@@ -118,30 +129,45 @@ class Decode:
     """Folder or tokenizer.json."""
     output: str
     """The file to write."""
+    json: bool = False
+    """Print the facts as JSON."""
 
     def run(self) -> int:
         """Decode in blocks, so that a long file needs little memory."""
         import numpy as np
 
         import ingot
+        from ingot.durable import temporary_name
 
+        _refuse_same(self.file, self.output)
         tokenizer = ingot.Tokenizer.from_file(self.tokenizer)
         try:
             ids = np.load(self.file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{self.file}: not a .npy file of token ids: {error}") from None
+        except (ValueError, EOFError):
+            raise DataError(f"{self.file}: not a .npy file of token ids, as ingot tokenizer encode writes it") from None
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(
                 f"{self.file}: expected a one-dimensional array of integers, got {ids.dtype} of shape {ids.shape}"
             )
         target = Path(self.output)
-        partial = target.with_name(target.name + ".partial")
+        partial = temporary_name(target)
         block = 1 << 20
-        with partial.open("wb") as sink:
-            for start in range(0, len(ids), block):
-                sink.write(tokenizer.decode_bytes(ids[start : start + block].tolist()))
-        partial.replace(target)
-        print(f"{len(ids):,} tokens -> {target.stat().st_size:,} bytes: {target}")
+        try:
+            with partial.open("wb") as sink:
+                for start in range(0, len(ids), block):
+                    sink.write(tokenizer.decode_bytes(ids[start : start + block].tolist()))
+            partial.replace(target)
+        except ValueError as error:
+            raise DataError(f"{self.file}: {error}: was it made with another tokenizer?") from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from None
+        finally:
+            partial.unlink(missing_ok=True)
+        num_bytes = target.stat().st_size
+        if self.json:
+            print(json.dumps({"output": self.output, "num_tokens": len(ids), "num_bytes": num_bytes}))
+        else:
+            print(f"{len(ids):,} tokens -> {num_bytes:,} bytes: {target}")
         return 0
 
 
@@ -190,6 +216,12 @@ class Inspect:
         if content is not None:
             _print_pieces(tokenizer, ids, len(content))
         return 0
+
+
+def _refuse_same(source: str, target: str) -> None:
+    """No command replaces what it reads."""
+    if Path(source).exists() and Path(target).exists() and Path(source).samefile(target):
+        raise ConfigError(f"--output {target} is the file that is read: choose another name")
 
 
 def _print_pieces(tokenizer: object, ids: list[int], num_bytes: int) -> None:

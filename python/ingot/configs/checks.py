@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import re
 import tomllib
+import types
+import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -40,6 +42,48 @@ def check_keys(config: type, fields: Mapping[str, Any], source: str) -> None:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
+
+
+def check_types(config: type, fields: Mapping[str, Any], source: str) -> None:
+    """Refuse values of another type than the field of ``config`` has, such as a number in quotes.
+
+    Raises
+    ------
+    ConfigError
+        Names the key, the source, the value and what it should be.
+    """
+    hints = typing.get_type_hints(config)
+    for key, value in fields.items():
+        if not _fits(value, hints[key]):
+            wanted = _in_words(hints[key])
+            raise ConfigError(f"{source}: {key} is {value!r}; give {wanted}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a TOML file is one of a field's type; an array is a list or, once converted, a tuple."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if origin is typing.Literal:
+        return value in options
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(entry, options[0]) for entry in value)
+    if hint in (int, float):
+        # True is an int to Python.
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _in_words(hint: Any) -> str:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(option) for option in options if option is not type(None))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, options))
+    if origin is tuple:
+        return f"a list, each entry {_in_words(options[0])}"
+    words = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
+    return words.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:

@@ -24,4 +24,8 @@ class LoraConfig(RunConfig):
         super().__post_init__()
         require(self.lora_rank >= 0, f"lora_rank must be 0 (train all weights) or more, got {self.lora_rank}")
         require(self.lora_alpha > 0, f"lora_alpha must be positive, got {self.lora_alpha}")
+        require(
+            self.lora_rank == 0 or self.optim == "adamw",
+            "optim muon is for whole matrices, not for adapters: give --optim adamw, or --lora-rank 0 to train all weights",
+        )
         require(bool(self.lora_target_modules), "lora_target_modules names no layer: give all-linear, or some names")

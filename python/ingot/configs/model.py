@@ -117,7 +117,8 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(
             self.num_attention_heads % key_value_heads == 0,
-            f"num_attention_heads {self.num_attention_heads} does not divide by num_key_value_heads {key_value_heads}",
+            f"num_attention_heads {self.num_attention_heads} does not divide by num_key_value_heads {key_value_heads}: "
+            "choose numbers that divide",
         )
         if self.position == "rotary":
             require(head_dim % 2 == 0, f"rotary positions need an even head_dim, got {head_dim}")

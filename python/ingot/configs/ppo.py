@@ -69,8 +69,6 @@ class PPOConfig(OnlineConfig):
     """Tokens of such a window."""
     separator: str | None = None
     """Cut the files of ptx_data into documents at this string."""
-    cache_dir: str | None = None
-    """Where token files of ptx_data are kept for the next run; .cache in the output folder's parent unless given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

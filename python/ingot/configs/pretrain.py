@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ingot.configs.checks import check_keys, require
+from ingot.configs.checks import check_keys, check_types, require
 from ingot.configs.model import Architecture
 from ingot.configs.training import TrainingConfig
+
+_DEFAULT_LENGTH = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,8 @@ class PretrainConfig(TrainingConfig):
     """shuffled: new in each epoch; given: as the files have them, each time, so that easy documents can come first (packed windows only)."""
     held_out: float = 0.1
     """Share of the data kept out of training to measure the held-out loss: documents, or the last part of one long text."""
-    max_length: int = 256
-    """Longest sequence in tokens that a step sees."""
+    max_length: int | None = None
+    """Longest sequence in tokens that a step sees; 256 unless given, or all positions of a model to go on from that has learned fewer."""
     per_device_train_batch_size: int = 16
     """Rows of max_length tokens in one forward and backward pass."""
     gradient_accumulation_steps: int = 1
@@ -53,14 +55,18 @@ class PretrainConfig(TrainingConfig):
     """Length of that sample; 0 for none."""
     seed: int = 0
     """Of the initial weights, the order of the data, dropout and samples."""
-    cache_dir: str | None = None
-    """Where token files are kept for the next run; .cache in the output folder's parent unless given."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "gradient_accumulation_steps"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         super().__post_init__()
         require(self.tokenizer is None or self.vocab_size is None, "give tokenizer or vocab_size, not both")
+
+    @property
+    def sequence_length(self) -> int:
+        """``max_length``, or what stands for it where it is not given and no model says otherwise."""
+        return _DEFAULT_LENGTH if self.max_length is None else self.max_length
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, in the shape that a TOML file has (``model`` is the network's table or a path)."""
@@ -77,8 +83,11 @@ class PretrainConfig(TrainingConfig):
         model = values.pop("model", None)
         values = super().fields_of(values, source)
         if isinstance(model, Mapping):
-            check_keys(Architecture, model, f"{source}, table [model]")
+            table = f"{source}, table [model]"
+            check_keys(Architecture, model, table)
+            check_types(Architecture, model, table)
             values["architecture"] = Architecture(**model)
         elif model is not None:
+            check_types(cls, {"model": model}, source)
             values["model"] = model
         return values

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from ingot.configs.checks import check_keys, parse_duration, require
+from ingot.configs.checks import check_keys, check_types, parse_duration, require
 
 Backend = Literal["native", "torch"]
 Level = Literal["portable", "avx2", "avx512"]
@@ -40,6 +41,11 @@ class RunConfig:
     """Share of all steps that warm up."""
     decay_ratio: float = 0.2
     """Share of all steps that decay at the end (wsd)."""
+    optim: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of attention and MLP, with AdamW for the rest and the same learning rate for both. Muon moves
+    all directions of a matrix equally far: often fewer steps for pretraining."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; vectors have none."""
     adam_beta1: float = 0.9
@@ -62,6 +68,8 @@ class RunConfig:
     """Steps between two checkpoints; as eval_steps unless given."""
     save_total_limit: int = 2
     """Keep this many of the newest checkpoints, and the best one."""
+    cache_dir: str | None = None
+    """Where tokenized data are kept for the next run; .cache in the output folder's parent unless given."""
     seed: int = 0
     """Of new weights, the order of the data, dropout and samples."""
     backend: Backend = "native"
@@ -85,6 +93,7 @@ class RunConfig:
             require(0.0 <= getattr(self, name) <= 1.0, f"{name} must be between 0 and 1, got {getattr(self, name)}")
         require(self.held_out < 1.0, "held_out must leave text to train on: give less than 1")
         require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
+        require(0.0 <= self.muon_momentum < 1.0, f"muon_momentum must be in [0, 1), got {self.muon_momentum}")
         require(self.max_grad_norm >= 0, f"max_grad_norm must not be negative, got {self.max_grad_norm}")
         require(self.save_total_limit >= 1, f"save_total_limit must be at least 1, got {self.save_total_limit}")
         require(
@@ -101,6 +110,11 @@ class RunConfig:
         """Where and how the network is computed, as :func:`ingot.Model` and :func:`ingot.load_model` take it."""
         names = ("backend", "device", "threads", "level", "precision")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenized data are kept."""
+        return Path(self.output).parent / ".cache" if self.cache_dir is None else Path(self.cache_dir)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, in the shape that a TOML file has: what is None by default is left out, another None is "none"."""
@@ -125,6 +139,7 @@ class RunConfig:
                 values[field.name] = (value,)
             elif value == "none" and field.default is not None and "None" in str(field.type):
                 values[field.name] = None
+        check_types(cls, values, source)
         return values
 
     @classmethod

@@ -112,8 +112,10 @@ class ChatTemplate:
     @cached_property
     def hash(self) -> str:
         """sha256, as hex, of all that decides the text of a dialogue."""
-        parts = json.dumps([self.source, self.bos_token, self.eos_token])
-        return hashlib.sha256(parts.encode()).hexdigest()
+        parts = [self.source, self.bos_token, self.eos_token]
+        if "pad_token" in self.source:
+            parts.append(self.pad_token)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def render(self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = False) -> str:
         """The text of a dialogue, as Jinja makes it.

@@ -161,7 +161,8 @@ def _find(source: Iterable[str | Path]) -> tuple[Path, ...]:
                 raise DataError(f"{path}: no .txt or .jsonl file in this folder (each also as .gz or .zst)")
             files += found
         elif not exists:
-            raise DataError(f"{path}: no such file or folder")
+            hint = "" if isinstance(entry, Path) or not _looks_like_text(entry) else "; texts are given as iter([...])"
+            raise DataError(f"{path}: no such file or folder{hint}")
         elif suffix_of(path) in _NOT_TEXT:
             raise DataError(f'{path}: not a text file; give .txt, or .jsonl with a "text" field')
         else:
@@ -169,6 +170,10 @@ def _find(source: Iterable[str | Path]) -> tuple[Path, ...]:
     if not files:
         raise DataError("no text was given: name at least one file or folder")
     return tuple(files)
+
+
+def _looks_like_text(entry: str) -> bool:
+    return "\n" in entry or entry.count(" ") > 2
 
 
 def _pieces(stream: BinaryIO, separator: bytes) -> Iterator[bytes]:
@@ -204,6 +209,6 @@ def _rows(path: Path, stream: BinaryIO) -> Iterator[bytes]:
             )
         text = row["text"]
         if not isinstance(text, str):
-            raise DataError(f'{path}, row {number}: field "text" is a {type(text).__name__}, not a string')
+            raise DataError(f'{path}, row {number}: field "text" is of type {type(text).__name__}; give a string')
         if text:
             yield utf8(text)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ingot.data.batches import Order
 from ingot.data.chat import ChatEncoder, Encoded
-from ingot.data.files import Progress
 from ingot.data.keys import prompt_key
+from ingot.data.row_cache import RowCache, encode_rows
 from ingot.data.rows import (
     Candidates,
     Content,
@@ -191,35 +192,43 @@ def load_examples(
     kinds: Sequence[type[Row]] | None = None,
     *,
     max_length: int,
-    progress: Progress | None = None,
+    cache: RowCache | None = None,
+    work: Callable[[str, int, int], object] = lambda what, done, total: None,
 ) -> Examples:
     """Read and encode rows of these kinds; see :func:`ingot.data.rows.read_rows`. Of ranked lists, the judgements that count.
+
+    Parameters
+    ----------
+    cache
+        Where tokenized rows are kept; nowhere unless given.
+    work
+        Told what is being done, and how much of how much of it is done.
 
     Raises
     ------
     RowError
         The first row that cannot be used.
     DataError
-        A file cannot be read, or no row is short enough.
+        A file cannot be read, no row is short enough, or a file of the cache holds other rows than it should.
     """
-    rows: list[Row] = []
-    groups: list[tuple[Encoded, ...]] = []
-    num_rows = 0
-    shortest = None
-    for row in read_rows(source, kinds, progress):
-        num_rows += 1
-        group = encode_row(row, encoder)
-        longest = max(map(len, group))
-        if longest <= max_length:
-            rows.append(row)
-            groups.append(tuple(group))
-        else:
-            shortest = min(shortest or longest, longest)
-    if not groups:
+    rows = list(read_rows(source, kinds, functools.partial(work, "reading rows")))
+    groups = encode_rows(
+        rows,
+        lambda row: encode_row(row, encoder),
+        tokenizer_hash=encoder.tokenizer.hash,
+        template_hash=encoder.template.hash,
+        cache=cache,
+        progress=functools.partial(work, "tokenizing rows"),
+    )
+    longest = [max(map(len, group)) for group in groups]
+    fitting = [number for number, length in enumerate(longest) if length <= max_length]
+    if not fitting:
         raise DataError(
-            f"none of {num_rows} rows fits into max_length {max_length}; the shortest needs {shortest} tokens: raise --max-length"
+            f"none of {len(rows)} rows fits into max_length {max_length}; the shortest needs {min(longest, default=None)} tokens: "
+            "raise --max-length"
         )
-    return Examples(tuple(rows), tuple(groups), num_rows, num_rows - len(groups))
+    read = Examples(tuple(rows), tuple(groups), len(rows), len(rows) - len(fitting))
+    return read.select(fitting)
 
 
 # ---- packs

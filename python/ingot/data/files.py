@@ -9,10 +9,11 @@ import importlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from ingot.durable import file_sha256
 from ingot.errors import DataError
 
 Progress = Callable[[int, int], object]
@@ -58,6 +59,16 @@ def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
+def file_hashes(paths: Sequence[str | Path]) -> dict[str, str]:
+    """sha256, as hex, of each of these files as it lies on the disk."""
+    return {str(path): file_sha256(Path(path)) for path in paths}
+
+
+def changed_files(paths: Sequence[str], known: Mapping[str, str]) -> list[str]:
+    """Which of these files are not as they were when their hashes were taken; all of them where none stands out."""
+    return [path for path, found in file_hashes(paths).items() if known.get(path) != found] or list(paths)
+
+
 def json_items(path: Path, progress: Progress | None = None) -> Iterator[tuple[int, Any]]:
     """The rows of a ``.jsonl``, ``.json`` (an array, or lines after all) or ``.parquet`` file with their numbers, from 1.
 
@@ -91,7 +102,7 @@ def parse_json(text: bytes) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return ValueError(f"{error.msg} at character {error.pos + 1}")
+        return ValueError(f"{error.msg.removesuffix(' at')} at character {error.pos + 1}")
     except UnicodeDecodeError as error:
         return ValueError(f"byte {error.start + 1} is no UTF-8")
     except RecursionError:

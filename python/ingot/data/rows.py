@@ -103,7 +103,7 @@ class Row:
         return any(isinstance(part, list) for part in self.parts())
 
     def parts(self) -> list[Content | None]:
-        """Prompt and answers."""
+        """Prompt and answers: all that decides the ids of a row, with its kind."""
         raise NotImplementedError
 
     def columns(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ last one, so that a document with both of its boundaries is one slice of the ids
 from __future__ import annotations
 
 import array
-import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from ingot.data.cache import REMEDY, TOKENS_SUFFIX, CacheMismatch, cached_name, require_same
 from ingot.data.corpus import Corpus
 from ingot.durable import reached, rename
 from ingot.errors import DataError
@@ -26,7 +26,6 @@ from ingot.errors import DataError
 if TYPE_CHECKING:
     from ingot.tokenizer import Tokenizer
 
-SUFFIX = ".tokens"
 FORMAT_VERSION = 1
 _MAGIC = b"INGOTTOK"
 _HEADER_BYTES = 4096
@@ -84,12 +83,18 @@ class TokenShards:
         ------
         DataError
             The corpus holds no text, or there is no space for the file.
+        CacheMismatch
+            The file with this name is of another corpus or tokenizer.
         """
         folder = Path(cache_dir)
         path = cached_path(folder, corpus.hash, tokenizer.hash)
         if path.exists():
-            with contextlib.suppress(DataError):
+            try:
                 return cls.open(path, tokenizer=tokenizer, source_hash=corpus.hash)
+            except CacheMismatch:
+                raise
+            except DataError:
+                pass  # Not whole: made again.
         temporary = folder / f"{path.name}.{os.getpid()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +122,9 @@ class TokenShards:
         Raises
         ------
         DataError
-            The file is no token file, is cut short, is from a newer version, or belongs to another tokenizer or corpus.
+            The file is no token file, is cut short, or is from a newer version.
+        CacheMismatch
+            It belongs to another tokenizer or corpus.
         """
         path = Path(path)
         try:
@@ -126,25 +133,26 @@ class TokenShards:
             size = path.stat().st_size
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-        again = "delete it and it will be made again"
         if not head.startswith(_MAGIC):
             raise DataError(f"{path}: not a token file of ingot")
         try:
             header = json.loads(head[len(_MAGIC) :])
             version = header["format_version"]
             if version > FORMAT_VERSION:
-                raise DataError(f"{path}: made by a newer version of ingot (format {version}); {again}")
+                raise DataError(f"{path}: made by a newer version of ingot (format {version}); {REMEDY}")
             complete = size == _file_bytes(header)
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path}: the header is damaged; {again}") from None
+            raise DataError(f"{path}: the header is damaged; {REMEDY}") from None
         if not complete:
-            raise DataError(f"{path}: {size} bytes long, {_file_bytes(header)} expected; {again}")
-        if tokenizer is not None and header["tokenizer_hash"] != tokenizer.hash:
-            raise DataError(f"{path}: made with another tokenizer than this one; {again}")
-        if source_hash is not None and header["source_hash"] != source_hash:
-            raise DataError(f"{path}: made from another text than this one; {again}")
+            raise DataError(f"{path}: {size} bytes long, {_file_bytes(header)} expected; {REMEDY}")
+        expected = {}
+        if source_hash is not None:
+            expected["source_hash"] = ("text", source_hash)
+        if tokenizer is not None:
+            expected["tokenizer_hash"] = ("tokenizer", tokenizer.hash)
+        require_same(path, header, expected)
         return cls(path, header)
 
     def __repr__(self) -> str:
@@ -153,23 +161,7 @@ class TokenShards:
 
 def cached_path(cache_dir: str | Path, source_hash: str, tokenizer_hash: str) -> Path:
     """Where the token file of this corpus and tokenizer lies."""
-    return Path(cache_dir) / f"{source_hash[:16]}-{tokenizer_hash[:16]}{SUFFIX}"
-
-
-def cached_files(cache_dir: str | Path) -> list[Path]:
-    """The token files in a cache folder, and what unfinished builds left there."""
-    return sorted(path for path in Path(cache_dir).glob(f"*{SUFFIX}*") if path.is_file())
-
-
-def clear_cache(cache_dir: str | Path) -> int:
-    """Delete the token files of a cache folder; the bytes freed. A file that another run has open may stay (Windows)."""
-    freed = 0
-    for path in cached_files(cache_dir):
-        size = path.stat().st_size
-        with contextlib.suppress(OSError):
-            path.unlink()
-            freed += size
-    return freed
+    return Path(cache_dir) / (cached_name(source_hash, tokenizer_hash) + TOKENS_SUFFIX)
 
 
 def _padded(size: int) -> int:

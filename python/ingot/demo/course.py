@@ -34,7 +34,7 @@ from ingot.demo.requests import (
     prompts,
     quality,
 )
-from ingot.demo.responses import Responses, paired_change, respond
+from ingot.demo.responses import Responses, respond
 from ingot.demo.story import STAGES as STORY
 from ingot.demo.story import draw_story
 from ingot.durable import write_file
@@ -44,6 +44,7 @@ from ingot.feedback.candidates import read_candidates
 from ingot.feedback.records import Record, to_row
 from ingot.feedback.simulate import simulate_judgements
 from ingot.feedback.texts import plain
+from ingot.inference.intervals import mean_of
 from ingot.inference.prompts import PromptEncoder
 from ingot.inference.sample import sample_candidates
 from ingot.inference.scoring import RewardModel
@@ -534,7 +535,8 @@ def changes(before: Responses, after: Responses) -> dict[str, dict[str, float]]:
         "follows_prompt": (before.follows, after.follows),
         "well_formed": (before.well_formed, after.well_formed),
     }
-    return {name: dataclasses.asdict(paired_change(*pair)) for name, pair in pairs.items()}
+    found = {name: mean_of(after - before) for name, (before, after) in pairs.items()}
+    return {name: {"mean": each.value, "low": each.low, "high": each.high} for name, each in found.items()}
 
 
 def verdicts(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -154,7 +154,7 @@ def _most_tokens(settings: PretrainConfig) -> int:
     """What the run reads if every row is full."""
     assert settings.max_steps is not None
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    return settings.max_steps * rows * settings.max_length
+    return settings.max_steps * rows * settings.sequence_length
 
 
 def verdicts(recipe: str, final: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

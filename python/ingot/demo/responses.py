@@ -6,7 +6,6 @@ Index legend: R requests, one story each.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 _MAX_NEW_TOKENS = 120
 """No story of the world is longer; a model that does not stop is stopped."""
-_CONFIDENCE = 1.96
-"""Standard errors on each side of a mean that hold it in 95 of 100 cases."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,20 +104,3 @@ def respond(
         well_formed=np.array([check.well_formed for check in checks], np.float64),
         entropy=np.add.reduceat(rollouts.entropy.astype(np.float64), rollouts.offsets[:-1]),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """Mean of paired differences with its interval of 95 % confidence (normal approximation)."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_change(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> Change:
-    """How the mean changed, measured request by request: both f64 [R]."""
-    difference = after - before
-    mean = float(difference.mean())
-    error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
-    return Change(mean, mean - _CONFIDENCE * error, mean + _CONFIDENCE * error)

@@ -1,4 +1,4 @@
-"""How sure a share is: 95 % intervals of accuracies and win rates, with the prompts as what was drawn at random.
+"""How sure a figure is: 95 % intervals of means, accuracies and win rates, with the prompts as what was drawn at random.
 
 Cases of one prompt (the pairs of a ranking, several samples) stand or fall together, so the prompt is the unit: intervals from single
 cases would be too narrow.
@@ -18,6 +18,38 @@ Z_95 = 1.959963984540054
 """Standard errors on each side of a mean that hold it in 95 of 100 cases."""
 _MIN_CLUSTERS = 40
 _EXTREME = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean over prompts with its 95 % interval, which is normal."""
+
+    value: float
+    """NaN of nothing."""
+    error: float
+    """Standard error; infinite below two values."""
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the interval."""
+        return Z_95 * self.error
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.value - self.margin if math.isfinite(self.error) else -math.inf
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.value + self.margin if math.isfinite(self.error) else math.inf
+
+
+def mean_of(values: npt.ArrayLike) -> Mean:
+    """The mean of values that have nothing in common, [n]; of differences, of pairs that have nothing in common with one another."""
+    v = f64(values)
+    error = float(v.std(ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else math.inf
+    return Mean(float(v.mean()) if len(v) else math.nan, error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from ingot.configs import ModelConfig
 from ingot.errors import ConfigError
 from ingot.models import base
-from ingot.models.base import DecodeStep, EpsMode, Outputs, ParameterGroup, Sampling, StepInfo
+from ingot.models.base import DecodeStep, EpsMode, Optim, Outputs, ParameterGroup, Sampling, StepInfo
 
 __all__ = [
     "DecodeStep",
@@ -148,8 +148,21 @@ def Optimizer(
     eps: float = 1e-8,
     eps_mode: EpsMode = "torch",
     weight_decay: float = 0.1,
+    optim: Optim = "adamw",
+    muon_momentum: float = 0.95,
 ) -> base.Optimizer:
-    """AdamW over all parameters of a model (Loshchilov and Hutter 2019, algorithm 2).
+    """What changes the weights: AdamW (Loshchilov and Hutter 2019, algorithm 2), or Muon (Jordan et al. 2024) on the blocks' matrices.
+
+    Muon takes the momentum m of a matrix's gradient g, makes it nearly orthogonal, and goes as far as AdamW would (Liu et al. 2025,
+    equation 4), so that one learning rate serves both::
+
+        m = momentum * m + (1 - momentum) * g
+        u = momentum * m + (1 - momentum) * g
+        X = u / max(|u|, 1e-7), then 5 times X = (a + b X X^T + c (X X^T)^2) X     a, b, c = 3.4445, -4.7750, 2.0315
+        W = (1 - lr * weight_decay) * W - 0.2 * lr * sqrt(max(rows, columns)) * X
+
+    All directions of a matrix then move about equally far, also those in which the gradient is small. Matrices are the projections of
+    attention and MLP, where GPT-2's query, key and value count as three; embeddings, positions, heads, norms and biases have AdamW.
 
     Parameters
     ----------
@@ -161,13 +174,24 @@ def Optimizer(
         ``torch`` adds it after the bias correction, ``tf`` before.
     weight_decay
         Decoupled, on matrices; vectors (biases and norms) have none.
+    optim
+        ``adamw``, or ``muon`` (not for adapters).
+    muon_momentum
+        Share of the momentum that a step keeps, in [0, 1).
 
     Raises
     ------
     ConfigError
         A group names a parameter that the model does not have, or a number is out of its range.
     """
-    settings: dict[str, Any] = {"betas": betas, "eps": eps, "eps_mode": eps_mode, "weight_decay": weight_decay}
+    settings: dict[str, Any] = {
+        "betas": betas,
+        "eps": eps,
+        "eps_mode": eps_mode,
+        "weight_decay": weight_decay,
+        "optim": optim,
+        "muon_momentum": muon_momentum,
+    }
     if model.backend == "native":
         from ingot.models.native import NativeModel, NativeOptimizer
 

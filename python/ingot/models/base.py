@@ -166,6 +166,9 @@ class ParameterGroup:
 EpsMode: TypeAlias = Literal["torch", "tf"]
 """Where AdamW adds epsilon: after bias correction (torch), or before it (TensorFlow)."""
 
+Optim: TypeAlias = Literal["adamw", "muon"]
+"""AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others."""
+
 
 @runtime_checkable
 class Context(Protocol):
@@ -179,7 +182,7 @@ class Context(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """AdamW (Loshchilov and Hutter 2019) over all parameters of one model, with one norm for clipping."""
+    """AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024) over all parameters of one model, with one norm for clipping."""
 
     def step(self, lr: float, clip_norm: float | None = 1.0) -> StepInfo:
         """Update the weights from the gradients, which stay as they are.
@@ -194,11 +197,15 @@ class Optimizer(Protocol):
         ...
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Copies: ``step`` i64[1] and for each parameter ``m.NAME`` and ``v.NAME``, f32 in Hugging Face's shapes."""
+        """Copies: ``step`` i64[1] and for each parameter ``m.NAME`` and ``v.NAME``, f32 in Hugging Face's shapes.
+
+        Of Muon also ``muon`` i64[1], a mark; its momentum is in ``m``, and ``v`` is 0 there.
+        """
         ...
 
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """The inverse of :meth:`state`; a missing, surplus or mis-shaped entry is a ``CheckpointError`` that names it."""
+        """The inverse of :meth:`state`; a missing, surplus or mis-shaped entry is a ``CheckpointError`` that names it, and so is
+        the state of another ``optim``."""
         ...
 
 

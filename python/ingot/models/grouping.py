@@ -6,8 +6,39 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-from ingot.errors import ConfigError
+from ingot.errors import CheckpointError, ConfigError
 from ingot.models.base import ParameterGroup
+
+
+def check_optim(optim: str, muon_momentum: float, adapter: bool) -> None:
+    """Refuse an optimizer that does not exist, or Muon for an adapter.
+
+    Raises
+    ------
+    ConfigError
+        Names the setting.
+    """
+    if optim not in ("adamw", "muon"):
+        raise ConfigError(f"optim is {optim!r}; there are 'adamw' and 'muon'")
+    if not 0.0 <= muon_momentum < 1.0:
+        raise ConfigError(f"muon_momentum must be in [0, 1), got {muon_momentum}")
+    if optim == "muon" and adapter:
+        raise ConfigError("optim 'muon' is for whole matrices, not for adapters (LoRA): take optim 'adamw'")
+
+
+def check_saved_optim(state: Mapping[str, object], optim: str) -> None:
+    """Refuse the state of another optimizer, whose moments mean something else.
+
+    Raises
+    ------
+    CheckpointError
+        Names both.
+    """
+    saved = "muon" if "muon" in state else "adamw"
+    if saved != optim:
+        raise CheckpointError(
+            f"optimizer state: saved with optim {saved!r}, but optim is {optim!r} here: go on with {saved!r}"
+        )
 
 
 def assign_groups(

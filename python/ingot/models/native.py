@@ -24,6 +24,7 @@ from ingot.models.base import (
     FloatArray,
     IntArray,
     LongArray,
+    Optim,
     Optimizer,
     Outputs,
     ParameterGroup,
@@ -31,7 +32,7 @@ from ingot.models.base import (
     StepInfo,
     check_want,
 )
-from ingot.models.grouping import assign_groups
+from ingot.models.grouping import assign_groups, check_optim, check_saved_optim
 from ingot.models.hf import write_folder
 from ingot.models.packing import check_seed, ids_array
 from ingot.models.tables import check_state, parts_table
@@ -348,7 +349,7 @@ class NativeModel(Adapted):
 
 
 class NativeOptimizer:
-    """AdamW over the flat buffers. See :func:`ingot.models.Optimizer`."""
+    """AdamW or Muon over the flat buffers. See :func:`ingot.models.Optimizer`."""
 
     def __init__(
         self,
@@ -359,9 +360,13 @@ class NativeOptimizer:
         eps: float = 1e-8,
         eps_mode: EpsMode = "torch",
         weight_decay: float = 0.1,
+        optim: Optim = "adamw",
+        muon_momentum: float = 0.95,
     ) -> None:
         self._model = model._core
+        self._optim = optim
         adapter = model._trained()
+        check_optim(optim, muon_momentum, adapter is not None)
         assert adapter is None or isinstance(adapter, NativeAdapter)
         if adapter is None:
             shapes = {name: tuple(shape) for name, shape in model._core.table}
@@ -373,6 +378,7 @@ class NativeOptimizer:
             betas=betas,
             eps=eps,
             eps_mode=eps_mode,
+            muon_momentum=muon_momentum if optim == "muon" else None,
             adapter=None if adapter is None else adapter._index,
         )
 
@@ -386,6 +392,8 @@ class NativeOptimizer:
         state: dict[str, npt.NDArray[np.generic]] = {"step": np.array([self._core.steps_taken], dtype=np.int64)}
         for prefix, views in zip("mv", self._core.moments(), strict=True):
             state |= {f"{prefix}.{name}": np.array(view, order="C") for name, view in views.items()}
+        if self._optim == "muon":
+            state["muon"] = np.ones(1, dtype=np.int64)
         return state
 
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -395,7 +403,9 @@ class NativeOptimizer:
             for prefix, views in zip("mv", self._core.moments(), strict=True)
             for name, view in views.items()
         }
-        check_state(state, {"step": (1,), **{name: view.shape for name, view in moments.items()}}, "optimizer state")
+        check_saved_optim(state, self._optim)
+        marks: dict[str, tuple[int, ...]] = {"step": (1,), **({"muon": (1,)} if self._optim == "muon" else {})}
+        check_state(state, marks | {name: view.shape for name, view in moments.items()}, "optimizer state")
         steps = int(state["step"][0])
         if steps < 0:
             raise CheckpointError(f"optimizer state: step is {steps}, but counts from 0")

@@ -44,6 +44,19 @@ class Parameter:
         return self.name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
     @property
+    def in_block(self) -> bool:
+        """Whether it is a matrix of a block: a projection of attention or of the MLP."""
+        return len(self.shape) == 2 and self.name.startswith(("transformer.h.", "model.layers."))
+
+    @property
+    def fused(self) -> tuple[slice, ...]:
+        """Columns of the matrices that it holds: one, or GPT-2's query, key and value, which are of one width."""
+        if not self.name.endswith(".c_attn.weight"):
+            return (slice(None),)
+        width = self.shape[1] // 3
+        return tuple(slice(i * width, (i + 1) * width) for i in range(3))
+
+    @property
     def decays(self) -> bool:
         """Whether weight decay applies by default: to matrices, not to vectors."""
         return len(self.shape) > 1

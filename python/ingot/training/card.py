@@ -81,9 +81,9 @@ def write_card(facts: Mapping[str, Any], *, step: int, losses: Mapping[str, floa
     rows = [f"| {label} | {value} |" for label, value in lineage.items()]
     # The card travels with the model: it names the text, not the folders of the machine.
     shown = {key: value for key, value in config.items() if key not in ("output", "cache_dir")}
-    for name in ("data", "prompts", "ptx_data"):
-        if name in config:
-            shown[name] = [PurePath(path).name for path in config[name]]
+    for key in ("data", "prompts", "ptx_data"):
+        if key in config:
+            shown[key] = [PurePath(path).name for path in config[key]]
     settings = json.dumps(shown, indent=1, ensure_ascii=False)
     return "\n".join(
         [

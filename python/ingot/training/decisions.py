@@ -92,7 +92,7 @@ def announce(
     expected_s = cost.total_s(remaining, evaluations, remaining // decisions.save_steps + 1)
     display.say(
         f"network   {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {model.num_parameters:,} parameters; "
-        f"{model.backend} backend, level {model.level}, {model.threads} threads"
+        f"{model.backend} backend, level {model.level}, {model.threads} thread{'s' if model.threads > 1 else ''}"
     )
     if model.active_adapter is not None:
         adapter = model.adapters[model.active_adapter]

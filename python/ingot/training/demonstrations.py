@@ -23,6 +23,8 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.files import changed_files, file_hashes
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import LanguageModelling, PromptCompletion, RowError
 from ingot.errors import ConfigError, DataError, RunError
 from ingot.tokenizer import END_OF_TEXT, Tokenizer
@@ -105,7 +107,7 @@ def prepare_demonstrations(
     pack_length = config.pack_length or max(max_length, _PACK_LENGTH)
     if pack_length < max_length:
         raise ConfigError(f"pack_length {pack_length} is below max_length {max_length}: a row must fit into a pack")
-    encoder = _encoder(config, folder)
+    encoder = encoder_of(folder, config.model, chat_template=config.chat_template, complete=True)
     if rows is None and not config.data:
         raise DataError("no demonstrations to learn from: give --data with files of rows")
     loaded, sources = _load(config, rows, encoder, max_length, display)
@@ -125,6 +127,7 @@ def prepare_demonstrations(
         rule = f"{len(held_out):,} of {len(examples):,} rows are held out, chosen by a hash of their prompt"
     facts = {
         "examples_hash": examples_hash,
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": encoder.tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": examples.num_rows,
@@ -158,26 +161,47 @@ def require_unchanged(folder: RunFolder | None, examples_hash: str, data: Sequen
     known = {} if folder is None else folder.facts.get("data", {})
     if folder is not None and known and known["examples_hash"] != examples_hash:
         raise RunError(
-            f"{', '.join(data) or 'the rows given'}: changed since this run began; bring the rows back as they were, or start a new "
+            f"{', '.join(changed_files(data, known.get('files', {}))) or 'the rows given'}: changed since this run began; bring the rows back as they were, or start a new "
             f"run from its weights: ingot {folder.facts['kind']} --model {folder.path} --data ... --output ..."
         )
 
 
-def _encoder(config: SFTConfig, folder: RunFolder | None) -> ChatEncoder:
-    """The run's own where it has one; otherwise as configured, with the special tokens that were missing, and saved with the run."""
+def encoder_of(
+    folder: RunFolder | None, model: str, *, chat_template: str | None = None, complete: bool = False
+) -> ChatEncoder:
+    """The run's own where it has one; otherwise that of the model it starts from, saved with the run.
+
+    Parameters
+    ----------
+    folder
+        None for a dry run.
+    chat_template
+        A file with a template to use instead of the model's.
+    complete
+        Add the special tokens that the template names and the tokenizer lacks.
+
+    Raises
+    ------
+    DataError
+        Template and tokenizer do not fit together, or cannot be read.
+    """
     if folder is not None and (folder.path / "tokenizer.json").is_file():
         return ChatEncoder(ChatTemplate.of_model(folder.path), Tokenizer.from_file(folder.path))
-    tokenizer = Tokenizer.from_file(config.model)
-    template = ChatTemplate.of_model(config.model)
-    if config.chat_template is not None:
-        given = ChatTemplate.from_file(config.chat_template, template.bos_token or END_OF_TEXT)
+    tokenizer, template = Tokenizer.from_file(model), ChatTemplate.of_model(model)
+    if chat_template is not None:
+        given = ChatTemplate.from_file(chat_template, template.bos_token or END_OF_TEXT)
         if "eos_token" in given.source:
             own = template.eos_token if template.eos_token in tokenizer.special_tokens else END_OF_TEXT
             given = dataclasses.replace(given, eos_token=own)
         template = given
-    encoder = ChatEncoder(template, tokenizer.with_special_tokens(template.missing_special_tokens(tokenizer)))
+    if complete:
+        tokenizer = tokenizer.with_special_tokens(template.missing_special_tokens(tokenizer))
+    try:
+        encoder = ChatEncoder(template, tokenizer)
+    except DataError as error:
+        raise DataError(f"{chat_template or model}: {error}") from None
     if folder is not None:
-        folder.save_tokenizer(encoder.tokenizer, encoder)
+        folder.save_tokenizer(tokenizer, encoder)
     return encoder
 
 
@@ -186,6 +210,7 @@ def _load(
 ) -> tuple[list[Examples], tuple[str, ...]]:
     """The examples of each file, and the names of the files."""
     sources = [rows] if rows is not None else list(config.data)
+    cache = RowCache(config.cache_folder, display.say)
     loaded = []
     for source in sources:
         name = source if isinstance(source, str) else "the rows given"
@@ -194,7 +219,8 @@ def _load(
                 source,
                 encoder,
                 max_length=max_length,
-                progress=lambda done, total: display.work("reading rows", done, total),
+                cache=cache,
+                work=display.work,
             )
         except RowError as error:
             raise error if error.file else error.at(name, error.row) from None

@@ -15,15 +15,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ingot.configs import DistillConfig, ModelConfig
+from ingot.configs import DistillConfig
 from ingot.data.batches import mix
 from ingot.data.keys import uniform
-from ingot.inference.intervals import Z_95
+from ingot.inference.intervals import Z_95, mean_of
 from ingot.losses.distillation import reverse_kl_advantages
 from ingot.losses.numerics import Float64, Floats, Metrics, f64
 from ingot.losses.packed import add_metrics, sum_by_sequence
@@ -31,18 +30,17 @@ from ingot.losses.policy import reinforce_loss
 from ingot.models.base import IntArray, Sampling
 from ingot.training.alarms import Rule, below_share_of_start, drifted
 from ingot.training.callbacks import Callback
-from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
-from ingot.training.lora import attach_adapter
-from ingot.training.progress import Display, make_display
+from ingot.training.phases import RowsPhase
+from ingot.training.progress import Display
 from ingot.training.rollouts import Progress, Rollouts, banned_ids_of, packs, recompute_logprobs, sample_rollouts
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
-from ingot.training.teaching import Prompts, make_student, make_teacher, prepare_prompts, student_shape
-from ingot.training.trainer import Trainer, TrainingResult, begin, measure, saved_config, saved_state, shown
-from ingot.training.verdicts import Verdict, require_passed, write_verdict
+from ingot.training.teaching import Lessons, make_student, prepare_lessons, student_shape
+from ingot.training.trainer import Trainer, TrainingResult, measure
+from ingot.training.verdicts import Verdict, write_verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
@@ -82,83 +80,13 @@ def distill(
     KeyboardInterrupt
         Ctrl-C, after saving.
     """
-    display = make_display(quiet)
-    rows = None if data is None else list(data)
-    shape = student_shape(config)
-    for folder in (config.model, config.teacher):
-        require_passed(folder, force=force, display=display)
-    if dry_run:
-        prompts = prepare_prompts(config, None, shape, rows, display)
-        student, teacher = make_student(config, prompts, None), make_teacher(config)
-        attach_adapter(config, student, {})
-        _decide(config, prompts, student, teacher, {}, 0, display)
-        return TrainingResult([], student, prompts.encoder.tokenizer, Path(config.output), None, None)
-    with RunFolder.create(config.output, "distill", config.to_dict()) as run:
-        return _train(run, config, rows, callbacks, display)
-
-
-def resume(
-    folder: str | Path,
-    *,
-    max_steps: int | None = None,
-    threads: int | None = None,
-    level: str | None = None,
-    data: Rows = None,
-    callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
-) -> TrainingResult:
-    """Go on with a run from its newest whole checkpoint, or from step 0 where there is none. The teacher must still be there.
-
-    Parameters
-    ----------
-    max_steps
-        A new end; extends a finished run. The schedule is stretched to it.
-    threads, level
-        Other than the run began with. Threads change nothing but speed; another instruction level changes the last bits.
-    data
-        The same rows again, where the run was given them by a program.
-
-    Raises
-    ------
-    IngotError
-        As :func:`distill`; also where there is no run, it is finished, or none of its checkpoints is whole.
-    """
-    display = make_display(quiet)
-    with RunFolder.open(folder) as run:
-        run.require_kind("distill")
-        config = saved_config(run, folder, DistillConfig, max_steps=max_steps, threads=threads, level=level)
-        return _train(run, config, None if data is None else list(data), callbacks, display)
-
-
-def _train(
-    folder: RunFolder, config: DistillConfig, rows: Rows, callbacks: Sequence[Callback], display: Display
-) -> TrainingResult:
-    """Prepare, restore, decide, loop."""
-    with shown(folder, display):
-        known_shape = folder.facts.get("model_config")
-        shape = ModelConfig.from_dict(known_shape) if known_shape else student_shape(config)
-        prompts = prepare_prompts(config, folder, shape, rows, display)
-        folder.facts["data"] = prompts.facts
-        checkpoint = newest_usable(folder.path, display.say)
-        # An adapter's checkpoint lacks the weights below it.
-        student = make_student(config, prompts, shape if checkpoint and not config.lora_rank else None)
-        attach_adapter(config, student, folder.facts)
-        teacher = make_teacher(config)
-        folder.facts["model_config"] = student.config.to_dict()
-        state = saved_state(folder, checkpoint)
-        known = folder.facts.get("decisions", {})
-        decisions, cost = _decide(config, prompts, student, teacher, known, state.step, display)
-        begin(folder, config, student, decisions, state, checkpoint, display)
-        run = _Run(folder, config, prompts, student, teacher, state, decisions, cost, display, callbacks)
-        run.loop()
-    return run.result()
+    return _PHASE.start(config, data, callbacks, dry_run=dry_run, quiet=quiet, force=force)
 
 
 def _decide(
     config: DistillConfig,
-    prompts: Prompts,
+    lessons: Lessons,
     student: ModelProtocol,
-    teacher: ModelProtocol,
     known: dict[str, Any],
     done: int,
     display: Display,
@@ -167,20 +95,20 @@ def _decide(
     tokens: list[int] = []
 
     def step() -> None:
-        _, rollouts = _learn(config, prompts, student, teacher, 0)
+        _, rollouts = _learn(config, lessons, student, 0)
         tokens.append(len(rollouts.tokens))
         student.step(0.0, clip_norm=config.max_grad_norm or None)
 
-    sample = prompts.held_out[: config.per_device_train_batch_size]
+    sample = lessons.held_out[: config.per_device_train_batch_size]
 
     def evaluate() -> None:
-        said = _answers(config, prompts, student, sample, config.seed)
-        recompute_logprobs(teacher, said, max_tokens=prompts.pack_length)
+        said = _answers(config, lessons, student, sample, config.seed)
+        recompute_logprobs(lessons.teacher, said, max_tokens=lessons.pack_length)
 
-    batches = -(-len(prompts.held_out) // config.per_device_train_batch_size)
+    batches = -(-len(lessons.held_out) // config.per_device_train_batch_size)
     probe = measure(config, student, step, 1, evaluate if sample else None, batches)
     probe = dataclasses.replace(probe, step_tokens=max(1, tokens[0]))
-    epoch = -(-len(prompts.train) // config.per_device_train_batch_size)
+    epoch = -(-len(lessons.prompts.train) // config.per_device_train_batch_size)
     decisions, cost = decide(
         config, student, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch
     )
@@ -193,7 +121,8 @@ def _decide(
         done,
         display,
         kind="prompts",
-        data=f"{len(prompts.train):,} prompts; {prompts.facts['split']}; teacher {config.teacher} of {teacher.num_parameters:,} parameters",
+        data=f"{len(lessons.prompts.train):,} prompts; {lessons.facts['split']}; "
+        f"teacher {config.teacher} of {lessons.teacher.num_parameters:,} parameters",
         shape=f"{config.per_device_train_batch_size} answers",
         passes=(decisions.max_steps - done) / epoch,
     )
@@ -205,9 +134,8 @@ def _decide(
 
 def _learn(
     config: DistillConfig,
-    prompts: Prompts,
+    lessons: Lessons,
     student: ModelProtocol,
-    teacher: ModelProtocol,
     step: int,
     progress: Progress | None = None,
 ) -> tuple[Metrics, Rollouts]:
@@ -216,18 +144,18 @@ def _learn(
     count = config.per_device_train_batch_size
     rollouts = _answers(
         config,
-        prompts,
-        student if on_policy else teacher,
-        prompts.take(step, count),
+        lessons,
+        student if on_policy else lessons.teacher,
+        lessons.take(step, count),
         config.seed,
         first_episode=step * count,
         progress=progress,
     )
     student.zero_grad()
     weights = rollouts.mask / np.count_nonzero(rollouts.mask)
-    scored = recompute_logprobs(teacher, rollouts, max_tokens=prompts.pack_length) if on_policy else None
+    scored = recompute_logprobs(lessons.teacher, rollouts, max_tokens=lessons.pack_length) if on_policy else None
     parts = []
-    for episodes, rows in packs(rollouts, prompts.pack_length):
+    for episodes, rows in packs(rollouts, lessons.pack_length):
         targets = rollouts.targets[rows]
         ctx, out = student.forward(
             rollouts.tokens[rows],
@@ -262,7 +190,7 @@ def _learn(
 
 def _answers(
     config: DistillConfig,
-    prompts: Prompts,
+    lessons: Lessons,
     model: ModelProtocol,
     asked: Sequence[IntArray],
     seed: int,
@@ -270,25 +198,23 @@ def _answers(
     first_episode: int = 0,
     progress: Progress | None = None,
 ) -> Rollouts:
-    tokenizer = prompts.encoder.tokenizer
+    tokenizer = lessons.encoder.tokenizer
     return sample_rollouts(
         model,
         asked,
         max_new_tokens=config.max_new_tokens,
-        end_ids=prompts.encoder.end_ids,
+        end_ids=lessons.encoder.end_ids,
         seed=seed,
         episode_ids=np.arange(first_episode, first_episode + len(asked), dtype=np.int64),
         sampling=Sampling(temperature=config.temperature),
-        banned_ids=banned_ids_of(tokenizer, model.config.vocab_size, prompts.encoder.end_ids),
+        banned_ids=banned_ids_of(tokenizer, model.config.vocab_size, lessons.encoder.end_ids),
         progress=progress,
     )
 
 
-def _distance(first: Floats, second: Floats, rollouts: Rollouts) -> tuple[Float64, float, float]:
-    """Of each answer sum ln first - ln second, nats; their mean and its standard error."""
-    each = sum_by_sequence(f64(first) - f64(second), rollouts.targets, rollouts.offsets)
-    error = float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
-    return each, float(each.mean()), error
+def _distances(first: Floats, second: Floats, rollouts: Rollouts) -> Float64:
+    """Of each answer sum ln first - ln second, nats, f64 [S]: their mean is the KL."""
+    return sum_by_sequence(f64(first) - f64(second), rollouts.targets, rollouts.offsets)
 
 
 # ---- the run
@@ -305,9 +231,8 @@ class _Run(Trainer[DistillConfig]):
         self,
         folder: RunFolder,
         config: DistillConfig,
-        prompts: Prompts,
+        lessons: Lessons,
         student: ModelProtocol,
-        teacher: ModelProtocol,
         state: State,
         decisions: Decisions,
         cost: Cost,
@@ -318,21 +243,21 @@ class _Run(Trainer[DistillConfig]):
             folder,
             config,
             student,
-            prompts.encoder.tokenizer,
+            lessons.encoder.tokenizer,
             state,
             decisions,
             cost,
             display,
             callbacks,
-            max_length=max(map(len, prompts.train)) + config.max_new_tokens,
-            encoder=prompts.encoder,
+            max_length=lessons.prompts.longest + config.max_new_tokens,
+            encoder=lessons.encoder,
             rules=_rules(),
         )
-        self.prompts = prompts
-        self.teacher = teacher
+        self.lessons = lessons
+        self.teacher = lessons.teacher
         # The same ones each time; what the teacher says to them is drawn once.
         limit = decisions.eval_batches
-        self.held_out = prompts.held_out[: None if limit is None else limit * config.per_device_train_batch_size]
+        self.held_out = lessons.held_out[: None if limit is None else limit * config.per_device_train_batch_size]
         self.taught: Rollouts | None = None
 
     def loop(self) -> None:
@@ -362,11 +287,11 @@ class _Run(Trainer[DistillConfig]):
         state, config = self.state, self.config
         began = time.perf_counter()
         rate = self.learning_rate()
-        metrics, rollouts = _learn(config, self.prompts, self.model, self.teacher, state.step, self.alive)
+        metrics, rollouts = _learn(config, self.lessons, self.model, state.step, self.alive)
         info = self.model.step(rate, clip_norm=config.max_grad_norm or None)
         self.count(metrics["loss"], info, len(rollouts.tokens), began)
         if self.due(config.logging_steps):
-            epoch = state.step * config.per_device_train_batch_size / len(self.prompts.train)
+            epoch = state.step * config.per_device_train_batch_size / len(self.lessons.prompts.train)
             shown = {name: value for name, value in metrics.items() if name != "loss"}
             shown["time/episodes_per_s"] = len(rollouts) / (time.perf_counter() - began)
             self.log(epoch, info.grad_norm, rate, **shown)
@@ -389,17 +314,18 @@ class _Run(Trainer[DistillConfig]):
         except _Stopped:
             return
         taught = self.taught
-        each, reverse, reverse_se = _distance(said.logprobs, recompute_logprobs(self.teacher, said), said)
-        _, forward, forward_se = _distance(taught.logprobs, recompute_logprobs(self.model, taught), taught)
+        each = _distances(said.logprobs, recompute_logprobs(self.teacher, said), said)
+        reverse = mean_of(each)
+        forward = mean_of(_distances(taught.logprobs, recompute_logprobs(self.model, taught), taught))
         drawn, wanted = said.metrics(), taught.metrics()
         metrics: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
-            "eval_loss": reverse if config.lmbda >= 0.5 else forward,
-            "eval_reverse_kl": reverse,
-            "eval_reverse_kl_error": reverse_se,
-            "eval_forward_kl": forward,
-            "eval_forward_kl_error": forward_se,
+            "eval_loss": (reverse if config.lmbda >= 0.5 else forward).value,
+            "eval_reverse_kl": reverse.value,
+            "eval_reverse_kl_error": reverse.error,
+            "eval_forward_kl": forward.value,
+            "eval_forward_kl_error": forward.error,
             "eval_eos_rate": 1.0 - drawn["completions/clipped_ratio"],
             "eval_teacher_eos_rate": 1.0 - wanted["completions/clipped_ratio"],
             "eval_completions/mean_length": drawn["completions/mean_length"],
@@ -421,7 +347,7 @@ class _Run(Trainer[DistillConfig]):
             if number == 0:
                 self.show_sample(prompt + texts[0])
         self.display.say(
-            f"step {state.step}  KL student to teacher {reverse:.3f}  teacher to student {forward:.3f}  "
+            f"step {state.step}  KL student to teacher {reverse.value:.3f}  teacher to student {forward.value:.3f}  "
             f"answers ended {100 * metrics['eval_eos_rate']:.0f} %"
         )
         self.measured(metrics["eval_loss"], metrics)
@@ -431,7 +357,7 @@ class _Run(Trainer[DistillConfig]):
     def answer(self, model: ModelProtocol, stream: int) -> Rollouts:
         """Answers to the held-out prompts."""
         seed = mix(self.config.seed, stream)
-        return _answers(self.config, self.prompts, model, self.held_out, seed, progress=self.alive)
+        return _answers(self.config, self.lessons, model, self.held_out, seed, progress=self.alive)
 
     def judge(self) -> None:
         """The verdict, which the next stage reads."""
@@ -502,3 +428,17 @@ def verdict_of(history: Sequence[dict[str, Any]], best_step: int | None, name: s
     for key in ("reverse_kl", "forward_kl", "eos_rate", "completions/mean_length"):
         figures |= {f"{key}_before": start[f"eval_{key}"], f"{key}_after": end[f"eval_{key}"]}
     return Verdict(passed=fall > margin and ends, sentences=sentences, figures=figures, advice=" ".join(advice))
+
+
+_PHASE = RowsPhase(
+    kind="distill",
+    config=DistillConfig,
+    shape=student_shape,
+    prepare=prepare_lessons,
+    make_model=make_student,
+    decide=_decide,
+    trainer=_Run,
+    builds_on=lambda config: (config.model, config.teacher),
+)
+
+resume = _PHASE.resume

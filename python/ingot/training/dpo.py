@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,11 +38,11 @@ from ingot.models.hf import open_folder
 from ingot.models.reference import reference_of
 from ingot.tokenizer import Tokenizer
 from ingot.training.callbacks import Callback
-from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, require_memory
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
-from ingot.training.lora import attach_adapter, num_trained
+from ingot.training.lora import num_trained
+from ingot.training.phases import RowsPhase
 from ingot.training.preference_checks import pair_accuracy, rules, separation, verdict_of
 from ingot.training.preferences import (
     Comparisons,
@@ -53,13 +52,13 @@ from ingot.training.preferences import (
     prepare_preferences,
     verdicts_of,
 )
-from ingot.training.progress import Display, duration, make_display
+from ingot.training.progress import Display, duration
 from ingot.training.reference_logprobs import ReferenceLogprobs, reference_logprobs, sequence_logprobs
 from ingot.training.rollouts import banned_ids_of, recompute_logprobs, sample_rollouts
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
-from ingot.training.trainer import Trainer, TrainingResult, begin, measure, saved_config, saved_state, shown
-from ingot.training.verdicts import require_passed, write_verdict
+from ingot.training.trainer import Trainer, TrainingResult, measure
+from ingot.training.verdicts import write_verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Context
@@ -97,75 +96,7 @@ def dpo(
     KeyboardInterrupt
         Ctrl-C, after saving.
     """
-    display = make_display(quiet)
-    rows = None if data is None else list(data)
-    shape = _start_shape(config)
-    require_passed(config.model, force=force, display=display)
-    if dry_run:
-        preferences = prepare_preferences(config, None, shape, rows, display)
-        model = _make_model(config, preferences, None)
-        attach_adapter(config, model, {})
-        _decide(config, preferences, model, {}, 0, display)
-        return TrainingResult([], model, preferences.encoder.tokenizer, Path(config.output), None, None)
-    with RunFolder.create(config.output, "dpo", config.to_dict()) as folder:
-        return _train(folder, config, rows, callbacks, display)
-
-
-def resume(
-    folder: str | Path,
-    *,
-    max_steps: int | None = None,
-    threads: int | None = None,
-    level: str | None = None,
-    data: Rows = None,
-    callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
-) -> TrainingResult:
-    """Go on with a run from its newest whole checkpoint, or from step 0 where there is none. The reference model must still be there.
-
-    Parameters
-    ----------
-    max_steps
-        A new end; extends a finished run. The schedule is stretched to it.
-    threads, level
-        Other than the run began with. Threads change nothing but speed; another instruction level changes the last bits.
-    data
-        The same rows again, where the run was given them by a program.
-
-    Raises
-    ------
-    IngotError
-        As :func:`dpo`; also where there is no run, it is finished, or none of its checkpoints is whole.
-    """
-    display = make_display(quiet)
-    with RunFolder.open(folder) as run:
-        run.require_kind("dpo")
-        config = saved_config(run, folder, DPOConfig, max_steps=max_steps, threads=threads, level=level)
-        return _train(run, config, None if data is None else list(data), callbacks, display)
-
-
-def _train(
-    folder: RunFolder, config: DPOConfig, rows: Rows, callbacks: Sequence[Callback], display: Display
-) -> TrainingResult:
-    """Prepare, restore, decide, score with the reference, loop."""
-    with shown(folder, display):
-        known_shape = folder.facts.get("model_config")
-        shape = ModelConfig.from_dict(known_shape) if known_shape else _start_shape(config)
-        preferences = prepare_preferences(config, folder, shape, rows, display)
-        folder.facts["data"] = preferences.facts
-        checkpoint = newest_usable(folder.path, display.say)
-        # An adapter's checkpoint lacks the weights below it.
-        model = _make_model(config, preferences, shape if checkpoint and not config.lora_rank else None)
-        attach_adapter(config, model, folder.facts)
-        folder.facts["model_config"] = model.config.to_dict()
-        state = saved_state(folder, checkpoint)
-        known = folder.facts.get("decisions", {})
-        decisions, cost = _decide(config, preferences, model, known, state.step, display)
-        reference = _make_reference(config, preferences, model, checkpoint is not None)
-        begin(folder, config, model, decisions, state, checkpoint, display)
-        run = _Run(folder, config, preferences, model, reference, state, decisions, cost, display, callbacks)
-        run.loop()
-    return run.result()
+    return _PHASE.start(config, data, callbacks, dry_run=dry_run, quiet=quiet, force=force)
 
 
 def _start_shape(config: DPOConfig) -> ModelConfig:
@@ -199,7 +130,9 @@ def _make_model(config: DPOConfig, preferences: Preferences, known: ModelConfig 
     return _start(config, preferences, config.model)
 
 
-def _make_reference(config: DPOConfig, preferences: Preferences, model: ModelProtocol, resumed: bool) -> ModelProtocol:
+def _make_reference(
+    config: DPOConfig, preferences: Preferences, model: ModelProtocol, *, resumed: bool
+) -> ModelProtocol:
     """The model that the new one is compared with: as it was before training, or another. Forward passes only."""
     if config.reference_model is None and not resumed:
         return reference_of(model)
@@ -521,7 +454,6 @@ class _Run(Trainer[DPOConfig]):
         config: DPOConfig,
         preferences: Preferences,
         model: ModelProtocol,
-        reference: ModelProtocol,
         state: State,
         decisions: Decisions,
         cost: Cost,
@@ -545,7 +477,7 @@ class _Run(Trainer[DPOConfig]):
             rules=rules(held_out=len(preferences.held_out) > 0),
         )
         self.preferences = preferences
-        self.reference = reference
+        self.reference = reference = _make_reference(config, preferences, model, resumed=state.step > 0)
         self.banned_ids = banned_ids_of(self.tokenizer, model.config.vocab_size, encoder.end_ids)
         longest = model.config.max_position_embeddings - 1
         self.prompts = preferences.prompts(config.sample_prompts if config.sample_tokens else 0, longest)
@@ -748,3 +680,17 @@ def _accuracy(rows: Sequence[Row], first_sequences: Ints, scores: Float64) -> tu
         return separation(scores[single.answers], single.labels, single.weights, cluster[single.rows])
     pairs = comparisons_of(rows, first_sequences)
     return pair_accuracy(scores[pairs.chosen] - scores[pairs.rejected], pairs.weights, cluster[pairs.rows])
+
+
+_PHASE = RowsPhase(
+    kind="dpo",
+    config=DPOConfig,
+    shape=_start_shape,
+    prepare=prepare_preferences,
+    make_model=_make_model,
+    decide=_decide,
+    trainer=_Run,
+    builds_on=lambda config: (config.model,),
+)
+
+resume = _PHASE.resume

@@ -19,7 +19,7 @@ import numpy as np
 
 from ingot.data.rows import Content
 from ingot.errors import ConfigError, DataError
-from ingot.inference.intervals import Z_95
+from ingot.inference.intervals import mean_of
 from ingot.inference.prompts import PromptEncoder
 from ingot.inference.scoring import split_name
 from ingot.losses.best_of_n import best_of_n_kl_bound, expected_of_best
@@ -52,15 +52,13 @@ class BestOfN:
     @property
     def gain(self) -> float:
         """Mean of :attr:`gains`."""
-        return float(self.gains.mean()) if len(self.gains) else math.nan
+        return mean_of(self.gains).value
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the gain, normal over prompts; without bounds below two prompts."""
-        if len(self.gains) < 2:
-            return -math.inf, math.inf
-        half = Z_95 * float(self.gains.std(ddof=1)) / math.sqrt(len(self.gains))
-        return self.gain - half, self.gain + half
+        found = mean_of(self.gains)
+        return found.low, found.high
 
 
 def best_of_n(reward: Float64, judge: Float64) -> BestOfN:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,23 +25,23 @@ from ingot.losses.policy import entropy_bonus, grpo_loss, reinforce_loss, rloo_l
 from ingot.models.base import FloatArray, IntArray, LongArray, Model, StepInfo
 from ingot.training.alarms import above
 from ingot.training.callbacks import Callback
-from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Draw, Experience, gather
 from ingot.training.groups import Lesson, make_lesson, punish_length, right_and_wrong, signal
 from ingot.training.lora import load_trained_state, trained_state
-from ingot.training.online import OnlineTrainer, Stopped, require_best_of_n
+from ingot.training.online import OnlineTrainer, Stopped
 from ingot.training.policy_alarms import group_rule, policy_rules
-from ingot.training.progress import Display, make_display
+from ingot.training.progress import Display
 from ingot.training.prompts import Rows
 from ingot.training.rewards import RewardFunction
 from ingot.training.rollouts import Rollouts, packs
 from ingot.training.runs import RunFolder
+from ingot.training.sampling_phase import SamplingPhase
 from ingot.training.scores import TokenScorer
-from ingot.training.setup import Given, Setup, keep, prepare, require_gates
+from ingot.training.setup import Given, Setup, prepare
 from ingot.training.state import State
-from ingot.training.trainer import TrainingResult, begin, make_optimizer, saved_config, saved_state, shown
+from ingot.training.trainer import TrainingResult, make_optimizer
 
 _DEFAULT_UPDATES = 200
 _MINIBATCH_STREAM = 3
@@ -80,70 +79,7 @@ def grpo(
     KeyboardInterrupt
         Ctrl-C, after saving.
     """
-    display = make_display(quiet)
-    given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
-    setup = prepare(config, None, given, display)
-    if dry_run:
-        _decide(config, setup, {}, 0, display)
-        return TrainingResult([], setup.policy, setup.encoder.tokenizer, Path(config.output), None, None)
-    require_gates(config, display)
-    gate = require_best_of_n(config, setup, display)
-    with RunFolder.create(config.output, "grpo", config.to_dict()) as folder:
-        keep(config, folder, setup)
-        folder.facts["gate"] = None if gate is None else dataclasses.asdict(gate)
-        return _train(folder, config, setup, callbacks, display)
-
-
-def resume(
-    folder: str | Path,
-    *,
-    max_steps: int | None = None,
-    threads: int | None = None,
-    level: str | None = None,
-    prompts: Rows = None,
-    rewards: Sequence[RewardFunction | TokenScorer] = (),
-    gold: RewardFunction | None = None,
-    callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
-) -> TrainingResult:
-    """Go on with a run from its newest whole checkpoint, or from step 0 where there is none.
-
-    Parameters
-    ----------
-    max_steps
-        A new end, in updates; extends a finished run. The schedule is stretched to it.
-    threads, level
-        Other than the run began with. Threads change nothing but speed; another instruction level changes the last bits.
-    prompts, rewards, gold
-        The same again, where the run was given them by a program.
-
-    Raises
-    ------
-    IngotError
-        As :func:`grpo`; also where there is no run, it is finished, or none of its checkpoints is whole.
-    """
-    display = make_display(quiet)
-    with RunFolder.open(folder) as run:
-        run.require_kind("grpo")
-        config = saved_config(run, folder, GRPOConfig, max_steps=max_steps, threads=threads, level=level)
-        given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
-        setup = prepare(config, run, given, display)
-        return _train(run, config, setup, callbacks, display)
-
-
-def _train(
-    folder: RunFolder, config: GRPOConfig, setup: Setup, callbacks: Sequence[Callback], display: Display
-) -> TrainingResult:
-    """Restore, decide, loop."""
-    with shown(folder, display):
-        folder.facts["model_config"] = setup.policy.config.to_dict()
-        checkpoint = newest_usable(folder.path, display.say)
-        state = saved_state(folder, checkpoint)
-        decisions, cost = _decide(config, setup, folder.facts.get("decisions", {}), state.step, display)
-        begin(folder, config, setup.policy, decisions, state, checkpoint, display)
-        run = _Run(folder, config, setup, state, decisions, cost, display, callbacks)
-        run.loop()
-    return run.result()
+    return _PHASE.start(config, Given.of(prompts, rewards, gold), callbacks, dry_run=dry_run, quiet=quiet)
 
 
 def _decide(
@@ -487,3 +423,8 @@ class _Run(OnlineTrainer[GRPOConfig]):
     def kl_weight(self) -> float:
         """``beta``."""
         return self.config.method.beta
+
+
+_PHASE = SamplingPhase(kind="grpo", config=GRPOConfig, prepare=prepare, decide=_decide, trainer=_Run)
+
+resume = _PHASE.resume

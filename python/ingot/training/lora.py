@@ -34,7 +34,6 @@ def attach_adapter(
     *,
     base_hash: str | None = None,
     num_values: int | None = None,
-    dropout: float = 0.0,
 ) -> None:
     """Put the adapter that the settings ask for, if any, on the model, and make it what is trained.
 
@@ -47,8 +46,6 @@ def attach_adapter(
         That hash, where the caller knows it.
     num_values
         Scalar heads of the adapter; as many as the model has unless given.
-    dropout
-        Of what the adapter reads, while training.
 
     Raises
     ------
@@ -72,7 +69,8 @@ def attach_adapter(
         config.lora_target_modules,
         config.seed,
         num_values=num_values,
-        dropout=dropout,
+        # Of phases that have dropout at all.
+        dropout=getattr(config, "lora_dropout", 0.0),
     )
     adapter.base_model, adapter.base_hash = str(getattr(config, "model", "")) or None, found
     model.active_adapter = ADAPTER

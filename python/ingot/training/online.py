@@ -18,6 +18,7 @@ import numpy as np
 from ingot.configs import OnlineConfig
 from ingot.data.batches import mix
 from ingot.errors import RunError
+from ingot.inference.intervals import Mean, mean_of
 from ingot.losses.numerics import Float64, f64
 from ingot.models.base import StepInfo
 from ingot.reporting.charts import Series, draw_chart
@@ -398,18 +399,18 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
     figures: dict[str, float] = {"step": step}
     risen: dict[str, bool] = {}
     for name in watched:
-        change, margin = _paired(first["each"][name], best["each"][name])
+        change = _change(first["each"][name], best["each"][name])
         before, after = first["figures"][f"eval_{name}"], best["figures"][f"eval_{name}"]
-        risen[name] = change - margin > 0
+        risen[name] = change.low > 0
         sentences.append(
             f"{_LABELS[name]} went from {before:.3f} to {after:.3f} on {len(best['each'][name])} held-out prompts "
-            f"(change {change:+.3f} ± {margin:.3f})"
+            f"(change {change.value:+.3f} ± {change.margin:.3f})"
         )
         figures |= {
             f"{name}_before": before,
             f"{name}_after": after,
-            f"{name}_change": change,
-            f"{name}_margin": margin,
+            f"{name}_change": change.value,
+            f"{name}_margin": change.margin,
         }
     for name, words in (("kl", "KL {0:.2f} nats an answer"), ("eos_rate", ""), ("mean_length", ""), ("distinct_2", "")):
         figures |= {
@@ -446,13 +447,10 @@ def compare(first: Mapping[str, Any], best: Mapping[str, Any], step: int, watche
     )
 
 
-def _paired(before: Sequence[float | None], after: Sequence[float | None]) -> tuple[float, float]:
-    """Mean of the paired differences, and half the width of its 95 % interval; prompts where either has no score are left out."""
-    pairs = [(x, y) for x, y in zip(before, after, strict=True) if x is not None and y is not None]
-    difference = f64([y - x for x, y in pairs])
-    if len(difference) < 2:
-        return (float(difference.mean()) if len(difference) else 0.0), math.inf
-    return float(difference.mean()), 1.96 * float(difference.std(ddof=1)) / math.sqrt(len(difference))
+def _change(before: Sequence[float | None], after: Sequence[float | None]) -> Mean:
+    """Mean of the paired differences, 0 of none; prompts where either has no score are left out."""
+    differences = [y - x for x, y in zip(before, after, strict=True) if x is not None and y is not None]
+    return mean_of(differences) if differences else Mean(0.0, math.inf)
 
 
 def _plain(values: Float64) -> list[float | None]:

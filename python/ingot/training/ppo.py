@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ingot.configs import PPOConfig
+from ingot.configs import PPOConfig, RunConfig
 from ingot.data.batches import Cursor, mix
 from ingot.losses.advantages import generalized_advantages, token_rewards, whiten
 from ingot.losses.kl import AdaptiveKLController, FixedKLController, KLController, kl_loss
@@ -33,23 +33,23 @@ from ingot.losses.policy import (
 from ingot.models.base import FloatArray, StepInfo
 from ingot.training.actor_critic import ActorCritic
 from ingot.training.callbacks import Callback
-from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Experience, gather
 from ingot.training.lora import load_trained_state, trained_state
-from ingot.training.online import OnlineTrainer, Stopped, require_best_of_n
+from ingot.training.online import OnlineTrainer, Stopped
 from ingot.training.policy_alarms import critic_rules, policy_rules, tax_rule
 from ingot.training.pretraining_mix import PretrainingMix
-from ingot.training.progress import Display, make_display
+from ingot.training.progress import Display
 from ingot.training.prompts import Rows
 from ingot.training.rewards import RewardFunction
 from ingot.training.rollouts import Rollouts, packs, recompute
 from ingot.training.runs import RunFolder
+from ingot.training.sampling_phase import SamplingPhase
 from ingot.training.scores import TokenScorer
-from ingot.training.setup import Given, Setup, keep, prepare, require_gates
+from ingot.training.setup import Given, Setup, prepare
 from ingot.training.state import State
-from ingot.training.trainer import TrainingResult, begin, saved_config, saved_state, shown
+from ingot.training.trainer import TrainingResult
 
 _DEFAULT_UPDATES = 200
 _MINIBATCH_STREAM = 3
@@ -87,89 +87,33 @@ def ppo(
     KeyboardInterrupt
         Ctrl-C, after saving.
     """
-    display = make_display(quiet)
-    given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
-    setup = prepare(config, None, given, display, num_values=int(config.critic == "shared"))
-    if dry_run:
-        actors = ActorCritic.start(config, setup)
-        _decide(config, setup, actors, PretrainingMix.open(config, setup.encoder.tokenizer, display), {}, 0, display)
-        return TrainingResult([], setup.policy, setup.encoder.tokenizer, Path(config.output), None, None)
-    require_gates(config, display)
-    gate = require_best_of_n(config, setup, display)
-    with RunFolder.create(config.output, "ppo", config.to_dict()) as folder:
-        keep(config, folder, setup)
-        folder.facts["gate"] = None if gate is None else dataclasses.asdict(gate)
-        return _train(folder, config, setup, callbacks, display)
+    return _PHASE.start(config, Given.of(prompts, rewards, gold), callbacks, dry_run=dry_run, quiet=quiet)
 
 
-def resume(
-    folder: str | Path,
-    *,
-    max_steps: int | None = None,
-    threads: int | None = None,
-    level: str | None = None,
-    prompts: Rows = None,
-    rewards: Sequence[RewardFunction | TokenScorer] = (),
-    gold: RewardFunction | None = None,
-    callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
-) -> TrainingResult:
-    """Go on with a run from its newest whole checkpoint, or from step 0 where there is none.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Setup(Setup):
+    """Also what else learns, and from what."""
 
-    Parameters
-    ----------
-    max_steps
-        A new end, in updates; extends a finished run. The schedule is stretched to it.
-    threads, level
-        Other than the run began with. Threads change nothing but speed; another instruction level changes the last bits.
-    prompts, rewards, gold
-        The same again, where the run was given them by a program.
+    actors: ActorCritic
+    ptx: PretrainingMix | None
 
-    Raises
-    ------
-    IngotError
-        As :func:`ppo`; also where there is no run, it is finished, or none of its checkpoints is whole.
-    """
-    display = make_display(quiet)
-    with RunFolder.open(folder) as run:
-        run.require_kind("ppo")
-        config = saved_config(run, folder, PPOConfig, max_steps=max_steps, threads=threads, level=level)
-        given = Given(None if prompts is None else list(prompts), tuple(rewards), gold)
-        setup = prepare(config, run, given, display, num_values=int(config.critic == "shared"))
-        return _train(run, config, setup, callbacks, display)
+    def restore(self, config: RunConfig, checkpoint: Path | None) -> None:
+        """As the base class, the critic with the policy."""
+        self.actors.restore(config, checkpoint)
 
 
-def _train(
-    folder: RunFolder, config: PPOConfig, setup: Setup, callbacks: Sequence[Callback], display: Display
-) -> TrainingResult:
-    """Restore, decide, loop."""
-    with shown(folder, display):
-        ptx = PretrainingMix.open(config, setup.encoder.tokenizer, display)
-        if ptx is not None:
-            ptx.keep(config, folder)
-        folder.facts["model_config"] = setup.policy.config.to_dict()
-        actors = ActorCritic.start(config, setup)
-        checkpoint = newest_usable(folder.path, display.say)
-        state = saved_state(folder, checkpoint)
-        known = folder.facts.get("decisions", {})
-        decisions, cost = _decide(config, setup, actors, ptx, known, state.step, display)
-        begin(folder, config, setup.policy, decisions, state, checkpoint, display, restore=actors.restore)
-        run = _Run(folder, config, setup, actors, ptx, state, decisions, cost, display, callbacks)
-        run.loop()
-    return run.result()
+def _prepare(config: PPOConfig, given: Given, display: Display) -> _Setup:
+    setup = prepare(config, given, display, num_values=int(config.critic == "shared"))
+    ptx = PretrainingMix.open(config, setup.encoder.tokenizer, display)
+    parts = vars(setup) | {"facts": setup.facts | (ptx.facts if ptx else {})}
+    return _Setup(**parts, actors=ActorCritic.start(config, setup), ptx=ptx)
 
 
 def _decide(
-    config: PPOConfig,
-    setup: Setup,
-    actors: ActorCritic,
-    ptx: PretrainingMix | None,
-    known: dict[str, Any],
-    done: int,
-    display: Display,
+    config: PPOConfig, setup: _Setup, known: dict[str, Any], done: int, display: Display
 ) -> tuple[Decisions, Cost]:
     """Time an update on the run's first prompts, settle what is open, and say it. The weights are put back."""
-    size = config.per_device_train_batch_size
+    size, actors = config.per_device_train_batch_size, setup.actors
     before = trained_state(actors.policy), None if actors.critic is None else trained_state(actors.critic)
     actors.restore(config, None)
     began = time.perf_counter()
@@ -184,7 +128,14 @@ def _decide(
     )
     sampling_s = time.perf_counter() - began
     learn(
-        config, actors, ptx, experience, kl_coef=config.kl_coef, step=0, cursor=Cursor(), pack_length=setup.pack_length
+        config,
+        actors,
+        setup.ptx,
+        experience,
+        kl_coef=config.kl_coef,
+        step=0,
+        cursor=Cursor(),
+        pack_length=setup.pack_length,
     )
     step_s = time.perf_counter() - began
     load_trained_state(actors.policy, before[0])
@@ -428,9 +379,7 @@ class _Run(OnlineTrainer[PPOConfig]):
         self,
         folder: RunFolder,
         config: PPOConfig,
-        setup: Setup,
-        actors: ActorCritic,
-        ptx: PretrainingMix | None,
+        setup: _Setup,
         state: State,
         decisions: Decisions,
         cost: Cost,
@@ -440,11 +389,11 @@ class _Run(OnlineTrainer[PPOConfig]):
         scorers = setup.scorers
         watched = [name for name, there in (("judge", scorers.has_judge), ("gold", scorers.has_gold)) if there]
         rules = [*policy_rules(kl_target=config.kl_target, watched=watched), *critic_rules()]
-        rules += [] if ptx is None else [tax_rule()]
+        rules += [] if setup.ptx is None else [tax_rule()]
         super().__init__(folder, config, setup, state, decisions, cost, display, callbacks, rules=rules)
-        self.actors = actors
-        self.saved = actors
-        self.ptx = ptx
+        self.actors = setup.actors
+        self.saved = setup.actors
+        self.ptx = setup.ptx
 
     def loop(self) -> None:
         """From the state's step to the last one."""
@@ -509,3 +458,8 @@ class _Run(OnlineTrainer[PPOConfig]):
         """Also how likely held-out pretraining text is, where the run mixes such text in."""
         measures = super().measures(experience)
         return measures if self.ptx is None else measures | {"ptx_bpb": self.ptx.bits_per_byte(self.model)}
+
+
+_PHASE = SamplingPhase(kind="ppo", config=PPOConfig, prepare=_prepare, decide=_decide, trainer=_Run)
+
+resume = _PHASE.resume

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.configs import DPOConfig, ModelConfig
-from ingot.data.chat import ChatEncoder, ChatTemplate, Encoded
+from ingot.data.chat import ChatEncoder, Encoded
 from ingot.data.examples import (
     ExampleBatches,
     Examples,
@@ -25,11 +25,13 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.files import file_hashes
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import Preference, RankedList, Row, RowError, UnpairedPreference
 from ingot.errors import ConfigError, DataError
 from ingot.losses.numerics import Float64, f64
 from ingot.tokenizer import Tokenizer
-from ingot.training.demonstrations import Rows, require_unchanged
+from ingot.training.demonstrations import Rows, encoder_of, require_unchanged
 from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 
@@ -206,7 +208,16 @@ def prepare_preferences(
             f"max_length {max_length} is beyond the {shape.max_position_embeddings} positions that the model learned: "
             f"give --max-length {shape.max_position_embeddings} or less"
         )
-    encoder = _encoder(config, folder)
+    # A loss that imitates may start from a model that knows no chat.
+    encoder = encoder_of(folder, config.model, complete=config.imitates)
+    if (
+        config.reference_model is not None
+        and Tokenizer.from_file(config.reference_model).hash != encoder.tokenizer.hash
+    ):
+        raise ConfigError(
+            f"{config.reference_model}: has another tokenizer than {config.model}, so that it would score other tokens: "
+            "give a reference model with the same one"
+        )
     if rows is None and not config.data:
         raise DataError("no preferences to learn from: give --data with files of rows")
     read = _load(config, rows, encoder, max_length, display)
@@ -229,6 +240,7 @@ def prepare_preferences(
         rule = f"{len(held_out):,} of {len(examples):,} rows are held out, chosen by a hash of their prompt"
     facts = {
         "examples_hash": examples_hash,
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": encoder.tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": examples.num_rows,
@@ -258,28 +270,6 @@ def prepare_preferences(
     )
 
 
-def _encoder(config: DPOConfig, folder: RunFolder | None) -> ChatEncoder:
-    """The run's own where it has one; otherwise the model's, saved with the run. A loss that imitates adds what its template lacks."""
-    saved = folder is not None and (folder.path / "tokenizer.json").is_file()
-    source = folder.path if folder is not None and saved else config.model
-    tokenizer = Tokenizer.from_file(source)
-    template = ChatTemplate.of_model(source)
-    if config.imitates:
-        tokenizer = tokenizer.with_special_tokens(template.missing_special_tokens(tokenizer))
-    try:
-        encoder = ChatEncoder(template, tokenizer)
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from None
-    if config.reference_model is not None and Tokenizer.from_file(config.reference_model).hash != tokenizer.hash:
-        raise ConfigError(
-            f"{config.reference_model}: has another tokenizer than {config.model}, so that it would score other tokens: "
-            "give a reference model with the same one"
-        )
-    if folder is not None and not saved:
-        folder.save_tokenizer(tokenizer, encoder)
-    return encoder
-
-
 def _load(config: DPOConfig, rows: Rows, encoder: ChatEncoder, max_length: int, display: Display) -> Examples:
     """The rows of all files, read together: a later file may take back a judgement of an earlier one."""
     name = ", ".join(config.data) if rows is None else "the rows given"
@@ -288,7 +278,8 @@ def _load(config: DPOConfig, rows: Rows, encoder: ChatEncoder, max_length: int, 
             list(config.data) if rows is None else rows,
             encoder,
             max_length=max_length,
-            progress=lambda done, total: display.work("reading rows", done, total),
+            cache=RowCache(config.cache_folder, display.say),
+            work=display.work,
         )
     except RowError as error:
         raise error if error.file else error.at(name, error.row) from None

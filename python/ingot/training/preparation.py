@@ -14,7 +14,7 @@ from ingot.data.shards import TokenShards, cached_path
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError, DataError, RunError
 from ingot.models import Model, load_model
-from ingot.models.hf import require_writer
+from ingot.models.hf import open_folder, require_writer
 from ingot.tokenizer import Tokenizer
 from ingot.training.cost import require_memory
 from ingot.training.progress import Display
@@ -54,11 +54,10 @@ def prepare_text(config: PretrainConfig, folder: RunFolder | None, data: Data, d
         A resumed run's text has changed.
     """
     known = {} if folder is None else folder.facts.get("data", {})
-    cache_dir = Path(config.cache_dir) if config.cache_dir is not None else Path(config.output).parent / ".cache"
     shards = None
     if known and folder is not None:
         tokenizer = Tokenizer.from_file(folder.path)
-        shards = _cached(cache_dir, tokenizer, known)
+        shards = _cached(config.cache_folder, tokenizer, known)
     if shards is None:
         if data is None and not config.data:
             raise DataError("no text to learn from: give --data with files or folders")
@@ -72,7 +71,7 @@ def prepare_text(config: PretrainConfig, folder: RunFolder | None, data: Data, d
         shards = TokenShards.build(
             corpus,
             tokenizer,
-            cache_dir,
+            config.cache_folder,
             progress=lambda done, total: display.work("tokenizing", done, total),
             threads=config.threads,
         )
@@ -85,7 +84,7 @@ def prepare_text(config: PretrainConfig, folder: RunFolder | None, data: Data, d
             shards,
             divided.train,
             windows=windows,
-            max_length=config.max_length,
+            max_length=config.sequence_length,
             rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
             seed=config.seed,
             shuffle=config.document_order == "shuffled",
@@ -106,6 +105,22 @@ def prepare_text(config: PretrainConfig, folder: RunFolder | None, data: Data, d
         "windows": windows,
     }
     return Text(tokenizer, shards, divided, windows, batches, facts)
+
+
+def settle_length(config: PretrainConfig) -> PretrainConfig:
+    """The settings with a ``max_length``; where none is given, one that the model to go on from has positions for.
+
+    Raises
+    ------
+    CheckpointError
+        There is no such model.
+    """
+    length = config.sequence_length
+    if config.model is not None and config.max_length is None:
+        model = open_folder(config.model).config
+        if model.position == "learned":
+            length = min(length, model.max_position_embeddings)
+    return dataclasses.replace(config, max_length=length)
 
 
 def make_model(config: PretrainConfig, tokenizer: Tokenizer, known: dict[str, Any] | None) -> ModelProtocol:
@@ -131,21 +146,32 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, known: dict[str, An
         shape = (
             ModelConfig.from_dict(known)
             if known
-            else config.architecture.resolve(tokenizer.vocab_size, config.max_length)
+            else config.architecture.resolve(tokenizer.vocab_size, config.sequence_length)
         )
-        require_memory(shape, config.per_device_train_batch_size * config.max_length, memory_limit())
+        require_memory(shape, config.per_device_train_batch_size * config.sequence_length, memory_limit())
         model = Model(shape, seed=config.seed, precision=config.precision, **place)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model {config.model} only {model.config.vocab_size}: "
             "they do not belong together; leave --tokenizer out to use the model's own"
         )
-    if config.max_length > model.config.max_position_embeddings and model.config.position == "learned":
+    if config.sequence_length > model.config.max_position_embeddings and model.config.position == "learned":
         raise ConfigError(
-            f"max_length {config.max_length} is beyond the {model.config.max_position_embeddings} positions that the model "
+            f"max_length {config.sequence_length} is beyond the {model.config.max_position_embeddings} positions that the model "
             f"learns: give --max-length {model.config.max_position_embeddings} or less"
         )
     return model
+
+
+def _require_same(tokenizer: Tokenizer, config: PretrainConfig) -> None:
+    """Refuse a tokenizer other than the one that the model to go on from lies beside."""
+    if config.model is None or not (Path(config.model) / "tokenizer.json").is_file():
+        return
+    if Tokenizer.from_file(config.model) != tokenizer:
+        raise ConfigError(
+            f"{config.tokenizer}: not the tokenizer that {config.model} learned with: its ids stand for other text; "
+            "leave --tokenizer out to use the model's own"
+        )
 
 
 def _cached(cache_dir: Path, tokenizer: Tokenizer, known: dict[str, Any]) -> TokenShards | None:
@@ -162,6 +188,7 @@ def _tokenizer(config: PretrainConfig, folder: RunFolder | None, corpus: Corpus,
         return Tokenizer.from_file(folder.path)
     if config.tokenizer is not None:
         tokenizer = Tokenizer.from_file(config.tokenizer)
+        _require_same(tokenizer, config)
     elif config.model is not None:
         if config.vocab_size is not None:
             raise ConfigError("--model brings its tokenizer: leave --vocab-size out")

@@ -20,12 +20,13 @@ from ingot.training.callbacks import Callback
 from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
-from ingot.training.preparation import Data, Text, make_model, prepare_text
+from ingot.training.phases import carry_out, reopened
+from ingot.training.preparation import Data, Text, make_model, prepare_text, settle_length
 from ingot.training.progress import Display, make_display
 from ingot.training.runs import RunFolder
 from ingot.training.samples import choose_prompt, write_sample
 from ingot.training.state import State
-from ingot.training.trainer import Trainer, TrainingResult, begin, measure, saved_config, saved_state, shown
+from ingot.training.trainer import Trainer, TrainingResult, measure, shown
 
 if TYPE_CHECKING:
     from ingot.models.base import Model
@@ -64,6 +65,7 @@ def pretrain(
         Ctrl-C, after saving.
     """
     display = make_display(quiet)
+    config = settle_length(config)
     if dry_run:
         text = prepare_text(config, None, data, display)
         model = make_model(config, text.tokenizer, None)
@@ -100,28 +102,31 @@ def resume(
         As :func:`pretrain`; also where there is no run, it is finished, or none of its checkpoints is whole.
     """
     display = make_display(quiet)
-    with RunFolder.open(folder) as run:
-        run.require_kind("pretrain")
-        config = saved_config(run, folder, PretrainConfig, max_steps=max_steps, threads=threads, level=level)
+    with reopened(folder, "pretrain", PretrainConfig, max_steps=max_steps, threads=threads, level=level) as (
+        run,
+        config,
+    ):
         return _train(run, config, data, callbacks, display)
 
 
 def _train(
     folder: RunFolder, config: PretrainConfig, data: Data, callbacks: Sequence[Callback], display: Display
 ) -> PretrainResult:
-    """Prepare, restore, decide, loop."""
     with shown(folder, display):
         text = prepare_text(config, folder, data, display)
         folder.facts["data"] = text.facts
         checkpoint = newest_usable(folder.path, display.say)
         model = make_model(config, text.tokenizer, folder.facts["model_config"] if checkpoint else None)
-        folder.facts["model_config"] = model.config.to_dict()
-        state = saved_state(folder, checkpoint)
-        decisions, cost = _decide(config, text, model, folder.facts.get("decisions", {}), state.step, display)
-        begin(folder, config, model, decisions, state, checkpoint, display)
-        run = _Run(folder, config, text, model, state, decisions, cost, display, callbacks)
-        run.loop()
-    return run.result()
+        return carry_out(
+            folder,
+            config,
+            model,
+            checkpoint,
+            functools.partial(_decide, config, text, model),
+            functools.partial(_Run, folder, config, text, model),
+            display,
+            callbacks,
+        )
 
 
 def _decide(
@@ -142,7 +147,7 @@ def _decide(
         display,
         kind="text",
         data=f"{facts['train_tokens']:,} tokens to learn from, {facts['held_out_tokens']:,} held out: {facts['split']}",
-        shape=f"{text.windows} windows of up to {config.max_length}",
+        shape=f"{text.windows} windows of up to {config.sequence_length}",
         passes=(decisions.max_steps - done) * probe.step_tokens / facts["train_tokens"],
     )
     return decisions, cost
@@ -168,7 +173,7 @@ def _held_out(config: PretrainConfig, text: Text, eval_batches: int | None) -> I
     return held_out_batches(
         text.shards.ids,
         text.split.held_out,
-        max_length=config.max_length,
+        max_length=config.sequence_length,
         rows=config.per_device_train_batch_size,
         limit=eval_batches,
     )
@@ -189,7 +194,7 @@ def _probe(config: PretrainConfig, text: Text, model: Model) -> Probe:
     if sample is not None:
         evaluate = functools.partial(model.forward, sample.tokens, sample.offsets, sample.targets, train=False)
     batches = count_held_out_batches(
-        text.split.held_out, max_length=config.max_length, rows=config.per_device_train_batch_size
+        text.split.held_out, max_length=config.sequence_length, rows=config.per_device_train_batch_size
     )
     return measure(config, model, step, batch.num_targets, evaluate, batches)
 
@@ -219,7 +224,7 @@ class _Run(Trainer[PretrainConfig]):
             cost,
             display,
             callbacks,
-            max_length=config.max_length,
+            max_length=config.sequence_length,
         )
         self.text = text
         self.prompt = choose_prompt(config, text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,13 @@ from ingot.configs import PPOConfig
 from ingot.data.batches import Batches, Cursor, Split, held_out_batches, make_batches, split
 from ingot.data.corpus import Corpus
 from ingot.data.shards import TokenShards
-from ingot.errors import DataError, RunError
+from ingot.errors import DataError
 from ingot.losses.next_token import token_weights
 from ingot.losses.numerics import Metrics
 from ingot.models.base import Model
 from ingot.tokenizer import Tokenizer
 from ingot.training.lora import trained_gradients
 from ingot.training.progress import Display
-from ingot.training.runs import RunFolder
 
 _HELD_OUT = 0.1
 _HELD_OUT_BATCHES = 4
@@ -37,6 +35,7 @@ class PretrainingMix:
         self._length = length
         self._rows = rows
         self.facts: dict[str, Any] = {"ptx_hash": shards.source_hash, "ptx_tokens": divided.train.num_targets}
+        """For run.json and the card."""
 
     @classmethod
     def open(cls, config: PPOConfig, tokenizer: Tokenizer, display: Display) -> PretrainingMix | None:
@@ -49,11 +48,10 @@ class PretrainingMix:
         """
         if not config.ptx_data:
             return None
-        cache_dir = Path(config.cache_dir) if config.cache_dir is not None else Path(config.output).parent / ".cache"
         shards = TokenShards.build(
             Corpus(config.ptx_data, separator=config.separator),
             tokenizer,
-            cache_dir,
+            config.cache_folder,
             progress=lambda done, total: display.work("tokenizing", done, total),
             threads=config.threads,
         )
@@ -70,21 +68,6 @@ class PretrainingMix:
         except DataError as error:
             raise DataError(f"{', '.join(config.ptx_data)}: {error}") from None
         return cls(shards, divided, batches, config.ptx_length, config.ptx_batch_size)
-
-    def keep(self, config: PPOConfig, folder: RunFolder) -> None:
-        """Record in a run's folder which text it is; of a resumed run, refuse another one.
-
-        Raises
-        ------
-        RunError
-            The text has changed.
-        """
-        known = folder.facts["data"].get("ptx_hash", self._shards.source_hash)
-        if known != self._shards.source_hash:
-            raise RunError(
-                f"{', '.join(config.ptx_data)}: the text has changed since this run began: bring it back as it was, or start a new run"
-            )
-        folder.facts["data"] |= self.facts
 
     def backward(self, model: Model, number: int, cursor: Cursor, coef: float) -> tuple[Metrics, Cursor]:
         """Add the gradient of ``coef`` times the mean next-token loss of the windows of step ``number`` to what the model has.

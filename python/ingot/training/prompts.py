@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from ingot.data.batches import Order
+from ingot.data.chat import Encoded
+from ingot.data.files import file_hashes
 from ingot.data.keys import prompt_key
+from ingot.data.row_cache import RowCache, encode_rows
 from ingot.data.rows import Content, PromptOnly, RowError, read_rows
 from ingot.data.split import split_side
 from ingot.errors import DataError
@@ -83,6 +87,7 @@ def load_prompts(
     held_out: float,
     seed: int,
     display: Display,
+    cache: RowCache | None = None,
 ) -> Prompts:
     """Read, encode and divide prompts.
 
@@ -94,6 +99,8 @@ def load_prompts(
         Prompts of more tokens are left out whole, and counted.
     held_out
         Share of the prompts to measure on; the side of a prompt depends on its text alone.
+    cache
+        Where tokenized prompts are kept; nowhere unless given.
 
     Raises
     ------
@@ -104,34 +111,22 @@ def load_prompts(
     """
     if rows is None and not files:
         raise DataError("no prompts to answer: give --prompts with files of rows")
-    prompts: list[Prompt] = []
-    num_rows = 0
-    shortest: int | None = None
-    for source in files if rows is None else [rows]:
-        name = source if isinstance(source, str) else "the rows given"
-        progress = lambda done, total: display.work("reading prompts", done, total)  # noqa: E731
-        for row in read_rows(source, (PromptOnly,), progress):
-            assert isinstance(row, PromptOnly)
-            num_rows += 1
-            try:
-                ids = encoder.encode(row.prompt)
-            except DataError as error:
-                raise RowError(
-                    f"cannot be encoded: {error}",
-                    "change it or remove the row",
-                    field="prompt",
-                    file=name,
-                    row=row.number,
-                ) from None
-            if len(ids) <= longest:
-                prompts.append(Prompt(row.prompt, ids, row.extra))
-            else:
-                shortest = min(shortest or len(ids), len(ids))
+    read = read_prompts(
+        files,
+        rows,
+        encoder.encode,
+        tokenizer_hash=encoder.tokenizer.hash,
+        template_hash=encoder.chat.template.hash if encoder.chat is not None else "",
+        display=display,
+        cache=cache,
+    )
+    prompts = [Prompt(row.prompt, ids, row.extra) for row, ids in read if len(ids) <= longest]
     named = ", ".join(files) or "the rows given"
-    num_too_long = num_rows - len(prompts)
+    num_rows, num_too_long = len(read), len(read) - len(prompts)
     if num_rows == 0:
         raise DataError(f"{named}: no row in it; give rows with a prompt")
     if not prompts:
+        shortest = min(len(ids) for _, ids in read)
         raise DataError(
             f"{named}: none of {num_rows} prompts fits: the shortest has {shortest} tokens and there is room for {longest}, which "
             "the model's context leaves beside the longest answer: shorten the answers or the prompts"
@@ -154,6 +149,7 @@ def load_prompts(
     rule = f"{len(kept):,} of {len(prompts):,} prompts are held out, chosen by a hash of their text"
     facts = {
         "prompts_hash": _hash(prompts),
+        "files": file_hashes(() if rows is not None else files),
         "num_rows": num_rows,
         "num_too_long": num_too_long,
         "max_length": longest,
@@ -162,6 +158,55 @@ def load_prompts(
         "split": rule if kept else "nothing is held out",
     }
     return Prompts(train, kept, facts, seed)
+
+
+def read_prompts(
+    files: Sequence[str],
+    rows: Rows,
+    encode: Callable[[Content], IntArray],
+    *,
+    tokenizer_hash: str,
+    template_hash: str,
+    display: Display,
+    cache: RowCache | None,
+) -> list[tuple[PromptOnly, IntArray]]:
+    """The prompts of all rows, of files or given by a program, and their ids.
+
+    Raises
+    ------
+    RowError
+        The first row that cannot be used.
+    DataError
+        A file cannot be read, or a file of the cache holds other prompts than it should.
+    """
+
+    def encoded(row: PromptOnly) -> tuple[Encoded]:
+        try:
+            ids = encode(row.prompt)
+        except DataError as error:
+            raise RowError(
+                f"cannot be encoded: {error}", "change it or remove the row", field="prompt", row=row.number
+            ) from None
+        return (Encoded(ids, np.zeros(len(ids), np.bool_)),)
+
+    found: list[tuple[PromptOnly, IntArray]] = []
+    for source in files if rows is None else [rows]:
+        name = source if isinstance(source, str) else "the rows given"
+        read = read_rows(source, (PromptOnly,), functools.partial(display.work, "reading prompts"))
+        prompts = [row for row in read if isinstance(row, PromptOnly)]
+        try:
+            groups = encode_rows(
+                prompts,
+                encoded,
+                tokenizer_hash=tokenizer_hash,
+                template_hash=template_hash,
+                cache=cache,
+                progress=functools.partial(display.work, "tokenizing prompts"),
+            )
+        except RowError as error:
+            raise error.at(name, error.row) from None
+        found += [(row, sequence.ids) for row, (sequence,) in zip(prompts, groups, strict=True)]
+    return found
 
 
 def _hash(prompts: Sequence[Prompt]) -> str:

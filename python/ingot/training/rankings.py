@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingot.configs import ModelConfig, RewardConfig
-from ingot.data.chat import ChatEncoder, ChatTemplate, Encoded
+from ingot.data.chat import ChatEncoder, Encoded
 from ingot.data.examples import (
     ExampleBatches,
     Examples,
@@ -28,13 +28,14 @@ from ingot.data.examples import (
     load_examples,
     next_fit,
 )
+from ingot.data.files import file_hashes
 from ingot.data.keys import canonical
+from ingot.data.row_cache import RowCache
 from ingot.data.rows import Preference, RankedList, Row, RowError
 from ingot.errors import ConfigError, DataError
 from ingot.inference.scoring import UNNAMED
 from ingot.losses.numerics import Float64, f64
-from ingot.tokenizer import Tokenizer
-from ingot.training.demonstrations import Rows, require_unchanged
+from ingot.training.demonstrations import Rows, encoder_of, require_unchanged
 from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 
@@ -240,7 +241,7 @@ def prepare_rankings(
             f"max_length {max_length} is beyond the {shape.max_position_embeddings} positions that the model learned: "
             f"give --max-length {shape.max_position_embeddings} or less"
         )
-    encoder = _encoder(config, folder)
+    encoder = encoder_of(folder, config.model)
     if rows is None and not config.data:
         raise DataError("no judgements to learn from: give --data with files of ranked lists or pairs")
     name = ", ".join(config.data) if rows is None else "the rows given"
@@ -257,6 +258,7 @@ def prepare_rankings(
         rule = f"{len(held_out):,} of {len(ranked):,} prompts are held out, chosen by a hash of the prompt"
     facts = {
         "examples_hash": examples_hash,
+        "files": file_hashes(() if rows is not None else config.data),
         "tokenizer_hash": encoder.tokenizer.hash,
         "template_hash": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "num_rows": read.num_rows,
@@ -277,20 +279,6 @@ def prepare_rankings(
     return Rankings(encoder, train, held_out, criteria, max_length, pack_length, batches, facts)
 
 
-def _encoder(config: RewardConfig, folder: RunFolder | None) -> ChatEncoder:
-    """The run's own where it has one; otherwise the model's, saved with the run."""
-    saved = folder is not None and (folder.path / "tokenizer.json").is_file()
-    source = folder.path if folder is not None and saved else config.model
-    tokenizer = Tokenizer.from_file(source)
-    try:
-        encoder = ChatEncoder(ChatTemplate.of_model(source), tokenizer)
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from None
-    if folder is not None and not saved:
-        folder.save_tokenizer(tokenizer, encoder)
-    return encoder
-
-
 def _load(
     config: RewardConfig, rows: Rows, encoder: ChatEncoder, max_length: int, name: str, display: Display
 ) -> Examples:
@@ -300,7 +288,8 @@ def _load(
             list(config.data) if rows is None else rows,
             encoder,
             max_length=max_length,
-            progress=lambda done, total: display.work("reading rows", done, total),
+            cache=RowCache(config.cache_folder, display.say),
+            work=display.work,
         )
         for row in examples.rows:
             _check_row(row, config)

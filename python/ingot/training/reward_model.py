@@ -12,7 +12,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,12 +37,12 @@ from ingot.models import Model, load_model
 from ingot.models.hf import open_folder
 from ingot.training.alarms import Rule, above, below
 from ingot.training.callbacks import Callback
-from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, require_memory
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
-from ingot.training.lora import attach_adapter, num_trained
-from ingot.training.progress import Display, make_display
+from ingot.training.lora import num_trained
+from ingot.training.phases import RowsPhase
+from ingot.training.progress import Display
 from ingot.training.rankings import Judgement, Rankings, lists_of, pairs_of, prepare_rankings
 from ingot.training.reward_figures import (
     BagOfWords,
@@ -58,8 +57,8 @@ from ingot.training.reward_figures import (
 from ingot.training.runs import RunFolder
 from ingot.training.setup import zero_heads
 from ingot.training.state import State
-from ingot.training.trainer import Trainer, TrainingResult, begin, measure, saved_config, saved_state, shown
-from ingot.training.verdicts import Verdict, require_passed, write_verdict
+from ingot.training.trainer import Trainer, TrainingResult, measure
+from ingot.training.verdicts import Verdict, write_verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import IntArray
@@ -100,74 +99,7 @@ def train_reward_model(
     KeyboardInterrupt
         Ctrl-C, after saving.
     """
-    display = make_display(quiet)
-    rows = None if data is None else list(data)
-    shape = _base_shape(config)
-    require_passed(config.model, force=force, display=display)
-    if dry_run:
-        rankings = prepare_rankings(config, None, shape, rows, display)
-        model = _make_model(config, rankings, None)
-        attach_adapter(config, model, {})
-        _decide(config, rankings, model, {}, 0, display)
-        return TrainingResult([], model, rankings.encoder.tokenizer, Path(config.output), None, None)
-    with RunFolder.create(config.output, "reward", config.to_dict()) as folder:
-        return _train(folder, config, rows, callbacks, display)
-
-
-def resume(
-    folder: str | Path,
-    *,
-    max_steps: int | None = None,
-    threads: int | None = None,
-    level: str | None = None,
-    data: Rows = None,
-    callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
-) -> TrainingResult:
-    """Go on with a run from its newest whole checkpoint, or from step 0 where there is none.
-
-    Parameters
-    ----------
-    max_steps
-        A new end; extends a finished run. The schedule is stretched to it.
-    threads, level
-        Other than the run began with. Threads change nothing but speed; another instruction level changes the last bits.
-    data
-        The same rows again, where the run was given them by a program.
-
-    Raises
-    ------
-    IngotError
-        As :func:`train_reward_model`; also where there is no run, it is finished, or none of its checkpoints is whole.
-    """
-    display = make_display(quiet)
-    with RunFolder.open(folder) as run:
-        run.require_kind("reward")
-        config = saved_config(run, folder, RewardConfig, max_steps=max_steps, threads=threads, level=level)
-        return _train(run, config, None if data is None else list(data), callbacks, display)
-
-
-def _train(
-    folder: RunFolder, config: RewardConfig, rows: Rows, callbacks: Sequence[Callback], display: Display
-) -> TrainingResult:
-    """Prepare, restore, decide, loop."""
-    with shown(folder, display):
-        known_shape = folder.facts.get("model_config")
-        shape = ModelConfig.from_dict(known_shape) if known_shape else _base_shape(config)
-        rankings = prepare_rankings(config, folder, shape, rows, display)
-        folder.facts["data"] = rankings.facts
-        checkpoint = newest_usable(folder.path, display.say)
-        # An adapter's checkpoint lacks the weights below it.
-        model = _make_model(config, rankings, shape if checkpoint and not config.lora_rank else None)
-        attach_adapter(config, model, folder.facts)
-        folder.facts["model_config"] = model.config.to_dict()
-        state = saved_state(folder, checkpoint)
-        known = folder.facts.get("decisions", {})
-        decisions, cost = _decide(config, rankings, model, known, state.step, display)
-        begin(folder, config, model, decisions, state, checkpoint, display)
-        run = _Run(folder, config, rankings, model, state, decisions, cost, display, callbacks)
-        run.loop()
-    return run.result()
+    return _PHASE.start(config, data, callbacks, dry_run=dry_run, quiet=quiet, force=force)
 
 
 def _base_shape(config: RewardConfig) -> ModelConfig:
@@ -581,3 +513,17 @@ def _late(rule: Rule, max_steps: int) -> Rule:
         return rule.check(late) if late else None
 
     return dataclasses.replace(rule, needs=(*rule.needs, "step"), check=check)
+
+
+_PHASE = RowsPhase(
+    kind="reward",
+    config=RewardConfig,
+    shape=_base_shape,
+    prepare=prepare_rankings,
+    make_model=_make_model,
+    decide=_decide,
+    trainer=_Run,
+    builds_on=lambda config: (config.model,),
+)
+
+resume = _PHASE.resume

@@ -1,10 +1,12 @@
 """A run's folder: a Hugging Face directory at its top, and beside it all that the run needs to go on.
 
-``run.json`` (settings, decisions, facts) is written before anything slow, so a run can be resumed from its first second on.
+``run.json`` (settings, decisions, facts) is written before anything slow, so a run can be resumed from its first second on. A new run
+whose settings or data are refused before it has begun leaves no folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,7 +24,7 @@ from ingot.durable import (
     temporary_name,
     write_file,
 )
-from ingot.errors import RunError
+from ingot.errors import IngotError, RunError
 from ingot.models.adapters import ADAPTER_FOLDER
 from ingot.training.checkpoints import MODEL_FILE
 from ingot.training.companions import write_generation_config, write_tokenizer_config
@@ -63,10 +65,14 @@ class RunFolder:
         self.metrics = MetricsLog(path / "metrics.jsonl")
         self.samples = MetricsLog(path / "samples.jsonl")
         self._lock = lock
+        self._made: list[Path] | None = None
+        """Files and folders that a new run made and takes back where it is refused; None once it has begun."""
 
     @classmethod
     def create(cls, path: str | Path, kind: str, config: Mapping[str, Any]) -> RunFolder:
         """Make the folder of a new run and save its settings, as run.json and as a TOML file that --config reads.
+
+        Where an :class:`~ingot.errors.IngotError` or a ``FileNotFoundError`` leaves the ``with`` block before :meth:`begun`, all that was made goes again.
 
         Raises
         ------
@@ -76,6 +82,7 @@ class RunFolder:
         import tomli_w
 
         path = Path(path)
+        made = [each for each in (path, *path.parents) if not each.exists()][::-1]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -87,6 +94,7 @@ class RunFolder:
             remove_unfinished(path)
             facts = {"format_version": FORMAT_VERSION, "kind": kind, "finished": False, "config": dict(config)}
             folder = cls(path, lock, facts)
+            folder._made = [*made, *(file for file in (path / f"{kind}.toml", path / RUN_FILE) if not file.exists())]
             write_file(path / f"{kind}.toml", tomli_w.dumps(dict(config)).encode())
             folder.save_facts()
         except BaseException:
@@ -176,9 +184,15 @@ class RunFolder:
             for file in files:
                 sync_file(file)
             for file in files:
+                if self._made is not None and not (self.path / file.name).exists():
+                    self._made.append(self.path / file.name)
                 rename(file, self.path / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def begun(self) -> None:
+        """From now on it stays, whatever happens: models, data and settings fit together."""
+        self._made = None
 
     def close(self) -> None:
         """Release the folder."""
@@ -187,8 +201,18 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        made = self._made or [] if isinstance(error, IngotError | FileNotFoundError) else []
+        folders = [path for path in made if path.is_dir()]
+        with contextlib.suppress(OSError):
+            for file in made:
+                if file not in folders:
+                    file.unlink(missing_ok=True)
         self.close()
+        # Deepest first; one with something else in it stays.
+        with contextlib.suppress(OSError):
+            for folder in reversed(folders):
+                folder.rmdir()
 
 
 def _refuse_used(path: Path, kind: str) -> None:

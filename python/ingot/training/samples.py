@@ -21,7 +21,7 @@ def choose_prompt(config: PretrainConfig, text: Text) -> str:
         return config.sample_prompt
     stretches = text.split.held_out if len(text.split.held_out) else text.split.train
     start, stop = int(stretches.starts[0]), int(stretches.stops[0])
-    length = max(1, min(_PROMPT_TOKENS, config.max_length // 4))
+    length = max(1, min(_PROMPT_TOKENS, config.sequence_length // 4))
     ids = [int(token) for token in text.shards.ids[start : min(start + length, stop)]]
     return text.tokenizer.decode([token for token in ids if token != text.shards.eos_token_id])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ingot.configs import OnlineConfig
+from ingot.configs import OnlineConfig, RunConfig
+from ingot.data.files import changed_files
+from ingot.data.row_cache import RowCache
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError, RunError
 from ingot.inference.prompts import PromptEncoder
@@ -26,6 +28,7 @@ from ingot.training.rewards import RewardFunction
 from ingot.training.rollouts import banned_ids_of
 from ingot.training.runs import RunFolder
 from ingot.training.scores import Scorers, TokenScorer
+from ingot.training.trainer import restore_model
 from ingot.training.verdicts import require_passed
 
 _PACK_TOKENS = 4096
@@ -38,6 +41,11 @@ class Given:
     prompts: Rows = None
     rewards: Sequence[RewardFunction | TokenScorer] = ()
     gold: RewardFunction | None = None
+
+    @classmethod
+    def of(cls, prompts: Rows, rewards: Sequence[RewardFunction | TokenScorer], gold: RewardFunction | None) -> Given:
+        """These, read once."""
+        return cls(None if prompts is None else list(prompts), tuple(rewards), gold)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,16 +70,16 @@ class Setup:
     facts: dict[str, Any]
     """For run.json and the card."""
 
+    def restore(self, config: RunConfig, checkpoint: Path | None) -> None:
+        """New optimizers; weights and moments as ``checkpoint`` has them."""
+        restore_model(self.policy, config, checkpoint)
 
-def prepare(
-    config: OnlineConfig, folder: RunFolder | None, given: Given, display: Display, *, num_values: int = 0
-) -> Setup:
-    """Load models, read prompts, find rewards.
+
+def prepare(config: OnlineConfig, given: Given, display: Display, *, num_values: int = 0) -> Setup:
+    """Load models, read prompts, find rewards. Nothing is written.
 
     Parameters
     ----------
-    folder
-        Of a run that goes on (:func:`keep`); None for a dry run, and for a new run until it is known that all fits together.
     num_values
         Scalar heads that the policy gets beside it, at 0.
 
@@ -82,7 +90,7 @@ def prepare(
     DataError
         A prompt cannot be used, or too few are left.
     RunError
-        What a resumed run began with has changed, or the run does not fit into memory.
+        The run does not fit into memory.
     """
     if not config.model:
         raise ConfigError("no model to start from: give --model with the folder of one that answers")
@@ -116,6 +124,7 @@ def prepare(
         held_out=config.held_out,
         seed=config.seed,
         display=display,
+        cache=RowCache(config.cache_folder, display.say),
     )
     longest = prompts.longest + config.answer_length
     pack_length = config.pack_length or max(_PACK_TOKENS, longest)
@@ -137,7 +146,7 @@ def prepare(
         "model_hash": base.hash,
     }
     attach_adapter(config, policy, None, base_hash=base.hash, num_values=num_values)
-    setup = Setup(
+    return Setup(
         policy=policy,
         reference=reference,
         base=base,
@@ -151,9 +160,6 @@ def prepare(
         pack_length=pack_length,
         facts=facts,
     )
-    if folder is not None:
-        keep(config, folder, setup)
-    return setup
 
 
 def keep(config: OnlineConfig, folder: RunFolder, setup: Setup) -> None:
@@ -166,9 +172,9 @@ def keep(config: OnlineConfig, folder: RunFolder, setup: Setup) -> None:
     """
     known = folder.facts.get("data", {})
     for name, what, remedy in _REMEDIES:
-        if known and known[name] != setup.facts[name]:
+        if name in known and known[name] != setup.facts[name]:
             raise RunError(
-                f"{what(config)} changed since this run began: {remedy} as it was, or start a new run from {folder.path}"
+                f"{what(config, known)} changed since this run began: {remedy} as it was, or start a new run from {folder.path}"
             )
     folder.facts["data"] = known | setup.facts
     if not (folder.path / "tokenizer.json").is_file():
@@ -203,9 +209,18 @@ def zero_heads(model: Model) -> None:
     model.load_state({name: values * 0 if name.startswith("score.") else values for name, values in state.items()})
 
 
-_REMEDIES: tuple[tuple[str, Callable[[OnlineConfig], str], str], ...] = (
-    ("model_hash", lambda config: f"the weights in {config.model}", "which are the run's reference: bring them back"),
-    ("tokenizer_hash", lambda config: f"the tokenizer in {config.model}", "bring it back"),
-    ("template_hash", lambda config: f"the chat template in {config.model}", "bring it back"),
-    ("prompts_hash", lambda config: ", ".join(config.prompts) or "the prompts given", "bring the rows back"),
+_REMEDIES: tuple[tuple[str, Callable[[Any, Mapping[str, Any]], str], str], ...] = (
+    (
+        "model_hash",
+        lambda config, _: f"the weights in {config.model}",
+        "which are the run's reference: bring them back",
+    ),
+    ("tokenizer_hash", lambda config, _: f"the tokenizer in {config.model}", "bring it back"),
+    ("template_hash", lambda config, _: f"the chat template in {config.model}", "bring it back"),
+    (
+        "prompts_hash",
+        lambda config, known: ", ".join(changed_files(config.prompts, known.get("files", {}))) or "the prompts given",
+        "bring the rows back",
+    ),
+    ("ptx_hash", lambda config, _: ", ".join(config.ptx_data), "bring the text back"),
 )

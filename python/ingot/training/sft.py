@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,15 +27,15 @@ from ingot.models.growth import grow_vocabulary
 from ingot.models.hf import open_folder
 from ingot.tokenizer import Tokenizer
 from ingot.training.callbacks import Callback
-from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, require_memory
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Demonstrations, Rows, prepare_demonstrations
-from ingot.training.lora import attach_adapter, num_trained
-from ingot.training.progress import Display, make_display
+from ingot.training.lora import num_trained
+from ingot.training.phases import RowsPhase
+from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
-from ingot.training.trainer import Trainer, TrainingResult, begin, measure, saved_config, saved_state, shown
+from ingot.training.trainer import Trainer, TrainingResult, measure
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
@@ -71,73 +70,7 @@ def sft(
     KeyboardInterrupt
         Ctrl-C, after saving.
     """
-    display = make_display(quiet)
-    rows = None if data is None else list(data)
-    shape = _base_shape(config)
-    if dry_run:
-        demonstrations = prepare_demonstrations(config, None, shape, rows, display)
-        model = _make_model(config, demonstrations, None)
-        attach_adapter(config, model, {}, dropout=config.lora_dropout)
-        _decide(config, demonstrations, model, {}, 0, display)
-        return TrainingResult([], model, demonstrations.tokenizer, Path(config.output), None, None)
-    with RunFolder.create(config.output, "sft", config.to_dict()) as folder:
-        return _train(folder, config, rows, callbacks, display)
-
-
-def resume(
-    folder: str | Path,
-    *,
-    max_steps: int | None = None,
-    threads: int | None = None,
-    level: str | None = None,
-    data: Rows = None,
-    callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
-) -> TrainingResult:
-    """Go on with a run from its newest whole checkpoint, or from step 0 where there is none.
-
-    Parameters
-    ----------
-    max_steps
-        A new end; extends a finished run. The schedule is stretched to it.
-    threads, level
-        Other than the run began with. Threads change nothing but speed; another instruction level changes the last bits.
-    data
-        The same rows again, where the run was given them by a program.
-
-    Raises
-    ------
-    IngotError
-        As :func:`sft`; also where there is no run, it is finished, or none of its checkpoints is whole.
-    """
-    display = make_display(quiet)
-    with RunFolder.open(folder) as run:
-        run.require_kind("sft")
-        config = saved_config(run, folder, SFTConfig, max_steps=max_steps, threads=threads, level=level)
-        return _train(run, config, None if data is None else list(data), callbacks, display)
-
-
-def _train(
-    folder: RunFolder, config: SFTConfig, rows: Rows, callbacks: Sequence[Callback], display: Display
-) -> TrainingResult:
-    """Prepare, restore, decide, loop."""
-    with shown(folder, display):
-        known_shape = folder.facts.get("model_config")
-        shape = ModelConfig.from_dict(known_shape) if known_shape else _base_shape(config)
-        demonstrations = prepare_demonstrations(config, folder, shape, rows, display)
-        folder.facts["data"] = demonstrations.facts
-        checkpoint = newest_usable(folder.path, display.say)
-        # An adapter's checkpoint lacks the weights below it.
-        model = _make_model(config, demonstrations, shape if checkpoint and not config.lora_rank else None)
-        attach_adapter(config, model, folder.facts, dropout=config.lora_dropout)
-        folder.facts["model_config"] = model.config.to_dict()
-        state = saved_state(folder, checkpoint)
-        known = folder.facts.get("decisions", {})
-        decisions, cost = _decide(config, demonstrations, model, known, state.step, display)
-        begin(folder, config, model, decisions, state, checkpoint, display)
-        run = _Run(folder, config, demonstrations, model, state, decisions, cost, display, callbacks)
-        run.loop()
-    return run.result()
+    return _PHASE.start(config, data, callbacks, dry_run=dry_run, quiet=quiet)
 
 
 def _base_shape(config: SFTConfig) -> ModelConfig:
@@ -412,3 +345,16 @@ class _Run(Trainer[SFTConfig]):
             self.record_sample(prompt=answer.prompt, completion=answer.text, ended=ended)
         self.show_sample(answers[0].prompt + answers[0].text)
         return sum(answer.finish_reason != "length" for answer in answers) / len(answers)
+
+
+_PHASE = RowsPhase(
+    kind="sft",
+    config=SFTConfig,
+    shape=_base_shape,
+    prepare=prepare_demonstrations,
+    make_model=_make_model,
+    decide=_decide,
+    trainer=_Run,
+)
+
+resume = _PHASE.resume

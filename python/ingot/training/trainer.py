@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from ingot.configs import RunConfig, parse_duration
 from ingot.durable import write_file
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 _MAX_SKIPPED_IN_ROW = 10
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+Restore: TypeAlias = Callable[[RunConfig, Path | None], None]
+"""Makes optimizers, and puts weights and moments back to where a checkpoint, if any, has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +123,9 @@ def begin(
     state: State,
     checkpoint: Path | None,
     display: Display,
-    *,
-    restore: Callable[[RunConfig, Path | None], None] | None = None,
+    restore: Restore,
 ) -> None:
-    """Record what was decided, and put weights, moments and logs back to where ``checkpoint`` has them.
-
-    ``restore`` makes the optimizers and does so with the weights where more than ``model`` is trained.
-    """
+    """Record what was decided, and put weights, moments and logs back to where ``checkpoint`` has them."""
     folder.facts |= {"decisions": dataclasses.asdict(decisions), "finished": False}
     began_at_level = folder.facts.setdefault("level", model.level)
     if began_at_level != model.level:
@@ -134,19 +133,22 @@ def begin(
     folder.facts["versions"] = versions()
     folder.facts["machine"] = {"cpu": cpu_name(), "threads": model.threads}
     folder.save_facts()
-    if restore is not None:
-        restore(config, checkpoint)
-    else:
-        model.optimizer = make_optimizer(config, model)
-        if checkpoint is not None:
-            load_trained_state(model, read_trained(model, checkpoint))
-            model.optimizer.load_state(read_optimizer(checkpoint))
+    folder.begun()
+    restore(config, checkpoint)
     if checkpoint is not None:
         display.say(f"resumed from {checkpoint}")
     else:
         display.say(f"settings saved in {folder.path}; Ctrl-C saves and stops")
     folder.metrics.cut(state.metrics_lines)
     folder.samples.cut(state.samples_lines)
+
+
+def restore_model(model: Model, config: RunConfig, checkpoint: Path | None) -> None:
+    """A new optimizer; weights and moments as ``checkpoint`` has them."""
+    model.optimizer = make_optimizer(config, model)
+    if checkpoint is not None:
+        load_trained_state(model, read_trained(model, checkpoint))
+        model.optimizer.load_state(read_optimizer(checkpoint))
 
 
 def make_optimizer(config: RunConfig, model: Model) -> OptimizerProtocol:
@@ -157,6 +159,8 @@ def make_optimizer(config: RunConfig, model: Model) -> OptimizerProtocol:
         eps=config.adam_epsilon,
         eps_mode=config.adam_eps_mode,
         weight_decay=config.weight_decay,
+        optim=config.optim,
+        muon_momentum=config.muon_momentum,
     )
 
 

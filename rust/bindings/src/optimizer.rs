@@ -23,9 +23,9 @@ pub struct NativeOptimizer {
 
 #[pymethods]
 impl NativeOptimizer {
-    /// `groups` are (names, factor of the learning rate, weight decay).
+    /// `groups` are (names, factor of the learning rate, weight decay); without `muon_momentum` all is `AdamW`.
     #[new]
-    #[pyo3(signature = (model, *, groups, betas, eps, eps_mode, adapter))]
+    #[pyo3(signature = (model, *, groups, betas, eps, eps_mode, muon_momentum, adapter))]
     fn new(
         py: Python<'_>,
         model: &NativeModel,
@@ -33,6 +33,7 @@ impl NativeOptimizer {
         betas: (f64, f64),
         eps: f64,
         eps_mode: &str,
+        muon_momentum: Option<f64>,
         adapter: Option<usize>,
     ) -> PyResult<Self> {
         let eps_mode = match eps_mode {
@@ -58,6 +59,7 @@ impl NativeOptimizer {
             betas,
             eps,
             eps_mode,
+            muon_momentum,
         };
         let (mut optimizer, table) = model.with(py, |model| -> Result<_, NativeError> {
             let optimizer = Optimizer::of(model, adapter, &groups, options)?;

@@ -21,6 +21,7 @@ mod head;
 mod init;
 mod kv_cache;
 mod layers;
+mod muon;
 mod network;
 mod optimizer;
 mod parameters;

@@ -1,12 +1,13 @@
 //! `AdamW` (Loshchilov and Hutter 2019, algorithm 2) over the flat buffers, in groups, with clipping by the global norm
-//! (Pascanu et al. 2013, algorithm 1).
+//! (Pascanu et al. 2013, algorithm 1); [`muon`] in its place on the matrices of the blocks where that is chosen.
 
 use std::ops::Range;
 
-use ingot_kernels::Buffer;
 use ingot_kernels::adamw::{AdamGroup, AdamSettings, EpsMode};
+use ingot_kernels::{ArenaPool, Buffer};
 
-use crate::{Model, ModelError, Parameter};
+use crate::parameters::Matrix;
+use crate::{Model, ModelError, Parameter, muon};
 
 /// Parameters that share a learning-rate factor and a weight decay.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +29,9 @@ pub struct OptimizerOptions {
     pub eps: f64,
     /// Where it is added.
     pub eps_mode: EpsMode,
+    /// Muon with this momentum, in [0, 1), on the matrices of the blocks (the projections of attention and MLP); `AdamW`
+    /// on everything else, and everywhere without it.
+    pub muon_momentum: Option<f64>,
 }
 
 impl Default for OptimizerOptions {
@@ -36,6 +40,7 @@ impl Default for OptimizerOptions {
             betas: (0.9, 0.95),
             eps: 1e-8,
             eps_mode: EpsMode::Torch,
+            muon_momentum: None,
         }
     }
 }
@@ -52,13 +57,16 @@ pub struct StepInfo {
 /// A group with its names turned into places of the flat buffers.
 #[derive(Clone, Debug)]
 struct Group {
-    /// Ascending, neighbours joined.
+    /// What `AdamW` updates: ascending, neighbours joined.
     ranges: Vec<Range<usize>>,
+    /// What Muon updates.
+    matrices: Vec<Matrix>,
     learning_rate_scale: f64,
     weight_decay: f64,
 }
 
-/// `AdamW` with its state. Parameters in no group are left alone and do not count in the norm.
+/// `AdamW`, or Muon and `AdamW`, with the state. Parameters in no group are left alone and do not count in the norm. Muon's
+/// momentum is in the first moments; its second ones stay 0.
 #[derive(Debug)]
 pub struct Optimizer {
     groups: Vec<Group>,
@@ -70,6 +78,8 @@ pub struct Optimizer {
     m: Buffer,
     v: Buffer,
     step: u64,
+    /// Working memory of Muon, kept between steps.
+    arenas: ArenaPool,
 }
 
 impl Optimizer {
@@ -96,12 +106,24 @@ impl Optimizer {
         options: OptimizerOptions,
     ) -> Result<Self, ModelError> {
         check_options(&options)?;
+        if options.muon_momentum.is_some() && adapter.is_some() {
+            return Err(ModelError::argument(
+                "muon_momentum",
+                "Muon is for whole matrices, not for adapters, whose products begin at zero: use AdamW",
+            ));
+        }
         let table = model.table_of(adapter)?;
+        let matrices = match options.muon_momentum {
+            Some(_) => model.layout().matrices(),
+            None => Vec::new(),
+        };
         let mut owner: Vec<Option<usize>> = vec![None; table.len()];
         let mut resolved = Vec::with_capacity(groups.len());
+        let mut all = Vec::new();
         for (i, group) in groups.iter().enumerate() {
             check_group(group)?;
             let mut ranges = Vec::with_capacity(group.names.len());
+            let mut own_matrices = Vec::new();
             for name in &group.names {
                 let place = table
                     .iter()
@@ -117,29 +139,31 @@ impl Optimizer {
                         second: i,
                     });
                 }
-                ranges.push(table[place].range());
+                let range = table[place].range();
+                let before = own_matrices.len();
+                own_matrices.extend(matrices.iter().filter(|m| range.contains(&m.offset)));
+                all.push(range.clone());
+                if own_matrices.len() == before {
+                    ranges.push(range);
+                }
             }
             resolved.push(Group {
                 ranges: join(ranges),
+                matrices: own_matrices,
                 learning_rate_scale: group.learning_rate_scale,
                 weight_decay: group.weight_decay,
             });
         }
-        let covered = join(
-            resolved
-                .iter()
-                .flat_map(|group| group.ranges.iter().cloned())
-                .collect(),
-        );
         let len = table.iter().map(Parameter::len).sum();
         Ok(Self {
             groups: resolved,
-            covered,
+            covered: join(all),
             adapter,
             options,
             m: Buffer::zeroed(len),
             v: Buffer::zeroed(len),
             step: 0,
+            arenas: ArenaPool::new(),
         })
     }
 
@@ -231,6 +255,28 @@ impl Optimizer {
         }
         groups.sort_by_key(|group| group.range.start);
         let (compute, parameters, gradients) = model.step_parts(self.adapter)?;
+        if let Some(momentum) = self.options.muon_momentum {
+            let mut targets: Vec<muon::Target> = Vec::new();
+            for group in &self.groups {
+                targets.extend(group.matrices.iter().map(|&matrix| muon::Target {
+                    matrix,
+                    learning_rate: learning_rate * group.learning_rate_scale,
+                    weight_decay: group.weight_decay,
+                }));
+            }
+            targets.sort_by_key(|target| target.matrix.offset);
+            let (m, arenas) = (&mut self.m, &self.arenas);
+            muon::step(
+                compute,
+                arenas,
+                parameters,
+                gradients,
+                m,
+                &targets,
+                momentum,
+                gradient_scale,
+            );
+        }
         kernels.adamw(
             &compute.pool,
             parameters,
@@ -285,6 +331,14 @@ fn check_options(options: &OptimizerOptions) -> Result<(), ModelError> {
                 format!("must be in [0, 1), got {beta}"),
             ));
         }
+    }
+    if let Some(momentum) = options.muon_momentum
+        && !(0.0..1.0).contains(&momentum)
+    {
+        return Err(ModelError::argument(
+            "muon_momentum",
+            format!("must be in [0, 1), got {momentum}"),
+        ));
     }
     if !(options.eps >= 0.0 && options.eps.is_finite()) {
         return Err(ModelError::argument(

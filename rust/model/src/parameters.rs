@@ -87,6 +87,21 @@ pub(crate) struct Module {
     pub(crate) columns: Range<usize>,
 }
 
+/// A matrix of a linear layer of a block, row-major in the flat buffers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Matrix {
+    pub(crate) offset: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+}
+
+impl Matrix {
+    /// Its place in the flat buffers.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.rows * self.cols
+    }
+}
+
 impl Layout {
     pub(crate) fn new(config: &Config, num_values: usize) -> Self {
         let mut table = TableBuilder::new(Family::of(config));
@@ -148,6 +163,29 @@ impl Layout {
             modules: table.modules,
             num_linears: table.num_linears,
         }
+    }
+
+    /// The matrices of all blocks, ascending: query, key and value are three, and so gate and up are two, also where a
+    /// layer or a name holds them together.
+    pub(crate) fn matrices(&self) -> Vec<Matrix> {
+        let mut matrices = Vec::new();
+        for Block { attention, mlp, .. } in &self.blocks {
+            let (query, key_value) = (attention.query_width(), attention.key_value_width());
+            let expansions = vec![mlp.width; mlp.up.outputs / mlp.width];
+            for (linear, parts) in [
+                (&attention.qkv, vec![query, key_value, key_value]),
+                (&attention.output, vec![attention.output.outputs]),
+                (&mlp.up, expansions),
+                (&mlp.down, vec![mlp.down.outputs]),
+            ] {
+                let (mut offset, cols) = (linear.weight, linear.inputs);
+                for rows in parts {
+                    matrices.push(Matrix { offset, rows, cols });
+                    offset += rows * cols;
+                }
+            }
+        }
+        matrices
     }
 }
 

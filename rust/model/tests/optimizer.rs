@@ -31,6 +31,7 @@ fn steps_follow_the_formulas() {
             betas: (0.8, 0.9),
             eps: 1e-3,
             eps_mode,
+            muon_momentum: None,
         };
         let groups = Optimizer::default_groups(&model, 0.2);
         let mut optimizer = Optimizer::new(&model, &groups, options).unwrap();
