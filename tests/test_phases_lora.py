@@ -226,7 +226,7 @@ def test_a_new_adapter_is_the_reference_which_costs_no_copy(
     real = module._PHASE
     watched = dataclasses.replace(real, prepare=lambda *given: made.append(real.prepare(*given)) or made[0])
     monkeypatch.setattr(module, "_PHASE", watched)
-    (tmp_path / "a").mkdir()
+    (tmp_path / "a").mkdir(exist_ok=True)
     result = phase.start(dataclasses.replace(config, max_steps=2), quiet=True)
     assert result.history[-1]["eval_kl"] != 0
     assert _address(made[0].reference) == _address(made[0].policy)

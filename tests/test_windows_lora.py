@@ -25,14 +25,14 @@ from lora_bases import RANK, adapted, base, uniform_base
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 
 
-# REWARD_FIGURES
+# Measured on seed 0: accuracy .967, correlation .964, slope .93, calibration error .03, nats above Bayes .015. Two epochs.
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_known_rule_is_learnt_from_noisy_rankings(tmp_path: Path, seed: int) -> None:
     found = reward.learn(tmp_path, 4096, seed, lora_rank=RANK, learning_rate=5e-3, num_train_epochs=2.0)
     assert not reward.outside(found), found
 
 
-# DPO_FIGURES
+# Measured on seed 0: accuracy .994, correlation .994, slope 1.01, score 4.64, KL 4.3 (at the optimum 4.62), from twice the pairs.
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dpo_learns_the_rule_and_how_far_to_go(seed: int) -> None:
     def make(seed: int) -> Any:
@@ -65,7 +65,9 @@ def test_ppo_ends_at_the_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # Measured: reward 4.116, KL 3.538 after 300 updates of the 400; predicted 4.108 and 3.520.
 @pytest.mark.slow
 def test_rloo_settles_where_its_formula_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group.phase, "prepare", lambda *_, **__: lora_bandit(0))
+    monkeypatch.setattr(
+        group.phase, "_PHASE", dataclasses.replace(group.phase._PHASE, prepare=lambda *_: lora_bandit(0))
+    )
     changes = {"loss_type": "rloo", "max_steps": 300, "learning_rate": 5e-3}
     config = dataclasses.replace(group.CONFIG, output=str(tmp_path / "run"), **changes)
     group.phase.grpo(config, quiet=True)
@@ -85,7 +87,7 @@ def test_a_chain_of_letters_is_learned(seed: int) -> None:
     assert chain.gap(model) <= 0.03
 
 
-# DISTILL_FIGURES
+# Measured on seed 0: KL .00003, from 2.9.
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_student_that_is_scored_on_its_own_samples_becomes_the_teacher(
