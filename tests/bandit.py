@@ -14,6 +14,7 @@ import numpy as np
 
 import ingot
 from ingot.models.reference import reference_of
+from ingot.models.sharing import SharedBase
 from ingot.tokenizer import Tokenizer
 from ingot.training.prompts import Prompt, Prompts
 from ingot.training.scores import Scores
@@ -75,15 +76,16 @@ def uniform_policy(seed: int, num_values: int = 0) -> Any:
     return model
 
 
-def setup(seed: int, *, num_values: int = 0, score: Any = hits, gold: Any = None) -> Setup:
+def setup(seed: int, *, num_values: int = 0, score: Any = hits, gold: Any = None, policy: Any = None) -> Setup:
     """What a run starts with."""
-    policy = uniform_policy(seed, num_values)
+    policy = uniform_policy(seed, num_values) if policy is None else policy
     prompts = tuple(Prompt(chr(65 + n), np.array([LETTERS + n], np.int32), {}) for n in range(PROMPTS))
     facts = {"num_train": PROMPTS, "num_held_out": 0, "num_rows": PROMPTS, "num_too_long": 0, "max_length": 1}
     facts |= dict.fromkeys(("prompts_hash", "tokenizer_hash", "template_hash", "model_hash", "split"), "")
     return Setup(
         policy=policy,
         reference=reference_of(policy),
+        base=SharedBase(policy, "the uniform policy"),
         encoder=Letters(),  # type: ignore[arg-type]
         prompts=Prompts(prompts, (), facts, seed),
         scorers=scorer(score, gold),

@@ -16,6 +16,7 @@ import pytest
 import ingot
 from ingot.configs import ModelConfig
 from ingot.errors import CheckpointError, ConfigError
+from ingot.models import load_model
 from ingot.models.adapters import linear_modules, select_modules
 from ingot.models.base import Model
 from ingot.models.reference import reference_of
@@ -101,6 +102,93 @@ def test_outputs_and_gradients_equal_the_twins(shape: str, level: str) -> None:
     # Nothing below has a gradient.
     for each in (model, reference):
         assert not any(array.any() for array in each.gradients.values())
+
+
+@pytest.mark.parametrize("network_dropout", [0.0, 0.2])
+@pytest.mark.parametrize("shape", FAMILIES)
+def test_dropout_has_the_masks_of_the_twin(shape: str, network_dropout: float, level: str) -> None:
+    config = dataclasses.replace(SHAPES[shape], dropout=network_dropout)
+    weights = perturbed(config, 1)
+    model, reference = native(config, weights, 1, level=level), twin(config, weights, 1)
+    for each in (model, reference):
+        each.add_adapter("x", rank=3, alpha=4.0, dropout=0.4)
+        fill(each, "x")
+    packed = pack(config, LENGTHS, share=0.7)
+    given: dict[str, Any] = {"want": ("logprobs", "values"), "seed": 11, "adapter": "x"}
+    given["sequence_ids"] = np.array([4, 9, 2, 2**40, 0, 7], np.int64)
+    ctx, out = model.forward(*packed.arrays, **given)
+    twin_ctx, expected = reference.forward(*packed.arrays, **given)
+    for name in given["want"]:
+        np.testing.assert_allclose(out.arrays[name], expected.arrays[name], rtol=2e-4, atol=5e-5, err_msg=name)
+    rng = np.random.default_rng(1)
+    gradients = {f"d_{name}": rng.standard_normal(len(packed.tokens)).astype(np.float32) for name in given["want"]}
+    assert ctx is not None
+    model.backward(ctx, **gradients)
+    reference.backward(twin_ctx, **{name: array.astype(np.float64) for name, array in gradients.items()})
+    ratio, name = worst_ratio(model.adapters["x"].gradients, dict(reference.adapters["x"].gradients), 5e-4, 1e-6)
+    assert ratio <= 1.0, f"{name}: {ratio:.2f} times the bound"
+    # The fused pass draws the same masks, another seed others, and without training there are none.
+    at_once = native(config, weights, 1, level=level)
+    at_once.add_adapter("x", rank=3, alpha=4.0, dropout=0.4)
+    fill(at_once, "x")
+    counts = np.where(packed.targets >= 0, 0.1, 0.0).astype(np.float32)
+    ids = given["sequence_ids"]
+    loss = at_once.forward_backward(*packed.arrays, counts, seed=11, sequence_ids=ids, adapter="x")
+    assert loss == pytest.approx(-float(counts @ out.logprobs.astype(np.float64)), rel=1e-6)
+    other = model.forward(*packed.arrays, **{**given, "seed": 12})[1]
+    assert abs(other.logprobs - out.logprobs).max() > 1e-3
+    plain = native(SHAPES[shape], weights, 1, level=level)
+    plain.add_adapter("x", rank=3, alpha=4.0)
+    fill(plain, "x")
+    assert same(outputs(model, "x"), outputs(plain, "x"))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("own", [0, 2])
+def test_an_adapter_has_as_many_heads_as_it_wants(own: int, backend: str, tmp_path: Path) -> None:
+    model = build(backend, num_values=own)
+    model.add_adapter("three", rank=2, num_values=3)
+    model.add_adapter("none", rank=2, num_values=0)
+    model.add_adapter("same", rank=2)
+    packed = pack(model.config, LENGTHS)
+    for name in ("three", "none", "same"):
+        fill(model, name, seed=len(name))
+
+    def values(of: Model, name: str) -> Any:
+        return of.forward(*packed.arrays, want=("values",), train=False, adapter=name)[1].values
+
+    assert values(model, "three").shape == (len(packed.tokens), 3)
+    for name in ("none", "same", "off"):
+        if name == "none" or not own:
+            with pytest.raises(ConfigError, match="no scalar heads"):
+                values(model, name)
+        else:
+            assert values(model, name).shape == (len(packed.tokens), 2)
+    # What is asked without a name goes through the active one.
+    assert model.num_values == own
+    model.active_adapter = "three"
+    assert model.num_values == 3
+    # They are trained and written with it, and come back as many.
+    before = model.state()
+    ctx, out = model.forward(*packed.arrays, want=("values",))
+    model.backward(ctx, d_values=np.ones_like(out.values))
+    assert model.adapters["three"].gradients["score.bias"].tolist() == pytest.approx([len(packed.tokens)] * 3)
+    model.step(1e-2)
+    assert same(model.state(), before)
+    model.save_adapter("three", tmp_path / "adapter")
+    again = build("native", num_values=own)
+    assert again.load_adapter(tmp_path / "adapter", "x").num_values == 3
+    np.testing.assert_allclose(values(again, "x"), values(model, "three"), rtol=1e-4, atol=1e-4)
+    # In a folder with the adapter merged they are the model's; in place they have no room.
+    model.save(tmp_path / "merged")
+    merged = load_model(tmp_path / "merged")
+    assert merged.num_values == 3
+    np.testing.assert_allclose(values(merged, "off"), values(model, "three"), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ConfigError, match=f"has 3 scalar heads and the model {own}"):
+        model.merge_adapter("three")
+    twice = model.fork()
+    assert twice.num_values == 3
+    assert same({"v": values(twice, "three")}, {"v": values(model, "three")})
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
@@ -409,20 +497,22 @@ def test_both_backends_begin_with_the_same_numbers() -> None:
 def test_files_come_back_as_they_were(shape: str, writer: str, reader: str, tmp_path: Path) -> None:
     model = build(writer, shape)
     targets = ["c_attn", "mlp.c_proj"] if shape == "gpt2" else ["q_proj", "up_proj"]
-    model.add_adapter("x", rank=3, alpha=5.0, target_modules=targets)
+    model.add_adapter("x", rank=3, alpha=5.0, target_modules=targets, dropout=0.05)
     fill(model, "x")
-    model.adapters["x"].base_model = "some/base"
+    model.adapters["x"].base_model, model.adapters["x"].base_hash = "some/base", "some hash"
     model.save_adapter("x", tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 3, 5.0)
     assert settings["fan_in_fan_out"] == (shape == "gpt2")
     assert settings["base_model_name_or_path"] == "some/base"
+    assert settings["lora_dropout"] == 0.05
     if shape == "qwen3":
         assert settings["target_modules"] == ["q_proj", "up_proj"]
     again = build(reader, shape)
     adapter = again.load_adapter(tmp_path, "y")
     assert same(adapter.state(), model.adapters["x"].state())
-    assert adapter.base_model == "some/base"
+    assert (adapter.base_model, adapter.base_hash) == ("some/base", "some hash")
+    assert adapter.settings == model.adapters["x"].settings
     if writer == reader:
         assert same(outputs(again, "y"), outputs(model, "x"))
 

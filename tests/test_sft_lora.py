@@ -21,9 +21,10 @@ from ingot.errors import ConfigError, RunError
 from ingot.models import load_model
 from ingot.models.growth import grow_vocabulary
 from ingot.models.safetensors_files import read_header
+from ingot.models.sharing import weights_hash
 from ingot.tokenizer import Tokenizer
 from ingot.training.cost import memory_estimate
-from ingot.training.lora import num_trained, weights_hash
+from ingot.training.lora import num_trained
 from killable_sft import WORDS, child, rows, settings, write_base, write_rows
 from networks import pack
 
@@ -59,7 +60,9 @@ def test_an_adapter_learns_the_task_and_the_run_holds_it_merged(
     before = load_model(below).state()
     same_rows = [{"prompt": row["prompt"], "completion": WORDS[number % 5]} for number, row in enumerate(shifted)]
     write_rows(place / "a.jsonl", same_rows)
-    result = ingot.sft(config_at(place, model=str(below), max_steps=160, eval_steps=80, held_out=0.2, lora_rank=8))
+    result = ingot.sft(
+        config_at(place, model=str(below), max_steps=160, eval_steps=80, held_out=0.2, lora_rank=8, lora_dropout=0.1)
+    )
     out = capsys.readouterr().out
     said = r"^adapter   rank 8, alpha 16, on 7 linear layers: [\d,]+ parameters are trained \(\d+ %\)"
     assert re.search(said, out, re.M)
@@ -84,6 +87,7 @@ def test_an_adapter_learns_the_task_and_the_run_holds_it_merged(
     assert abs(apart_out - without).max() > 0.1
     written = json.loads((result.output / "adapter" / "adapter_config.json").read_bytes())
     assert written["base_model_name_or_path"] == str(below)
+    assert written["lora_dropout"] == 0.1
     # Moments of what is trained, and of nothing else.
     moments = {tensor.name for tensor in read_header(result.output / "checkpoint-160" / "optimizer.safetensors")}
     assert moments == {"step"} | {f"{m}.{name}" for m in "mv" for name in result.model.adapters["default"].parameters}

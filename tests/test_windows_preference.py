@@ -71,18 +71,20 @@ class Result:
     """From the uniform reference, nats a sequence, on its samples."""
 
 
+SHAPE = ModelConfig.llama(
+    vocab_size=LETTERS + 1,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=16,
+    tie_word_embeddings=False,
+)
+
+
 def uniform_model(seed: int) -> Any:
     """Two layers of width 32 whose head is zero: the same probability for all."""
-    shape = ModelConfig.llama(
-        vocab_size=LETTERS + 1,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=16,
-        tie_word_embeddings=False,
-    )
-    model = Model(shape, seed=seed, threads=1)
+    model = Model(SHAPE, seed=seed, threads=1)
     state = model.state()
     state["lm_head.weight"][:] = 0.0
     model.load_state(state)
@@ -105,16 +107,23 @@ def logps(
 
 @functools.lru_cache
 def train(
-    loss_type: str, seed: int, num_pairs: int = 8192, beta: float = BETA, shift: int = 0, **settings: Any
+    loss_type: str,
+    seed: int,
+    num_pairs: int = 8192,
+    beta: float = BETA,
+    shift: int = 0,
+    make: Any = uniform_model,
+    rate: float = 2e-3,
+    **settings: Any,
 ) -> Result:
-    """One pass over the pairs, 64 a step, rate 2e-3 falling to 0; then what the model has learned."""
+    """One pass over the pairs, 64 a step, the rate falling to 0; then what the model has learned."""
     rng = np.random.default_rng(seed)
     config = DPOConfig(loss_type=(loss_type,), beta=beta, **settings)
     pairs = rng.integers(0, LETTERS, (num_pairs, 2, LENGTH))
     gap = score(pairs[:, 0]) - score(pairs[:, 1])
     wrong = rng.random(num_pairs) > 1 / (1 + np.exp(-gap))
     pairs[wrong] = pairs[wrong][:, ::-1]
-    model = uniform_model(seed)
+    model = make(seed)
     steps = num_pairs // 64
     for step in range(steps):
         batch = pairs[64 * step : 64 * step + 64].reshape(128, LENGTH)
@@ -133,7 +142,7 @@ def train(
         totals = phase._totals(compared, lengths)
         _, d_logps, _ = phase._objective(config, answers, totals, point)
         model.backward(ctx, d_logprobs=spread(d_logps, targets, offsets))
-        model.step(2e-3 * (1 - step / steps))
+        model.step(rate * (1 - step / steps))
     fresh = rng.integers(0, LETTERS, (2000, LENGTH))
     d = logps(model, fresh, train=False)[1] + LENGTH * np.log(LETTERS)
     true = score(fresh)

@@ -6,6 +6,7 @@ native core, seeds 0 to 2: accuracy .958-.963, correlation .962-.966, slope .96-
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def text(letters: np.ndarray) -> str:
     return "".join(LETTERS[letters])
 
 
-def learn(folder: Path, num_prompts: int, seed: int) -> dict[str, float]:
+def learn(folder: Path, num_prompts: int, seed: int, **changes: Any) -> dict[str, float]:
     """Train on 4 responses to each of so many prompts, in the order of worth plus Gumbel noise; what the result is worth."""
     rng = np.random.default_rng(seed)
     responses = rng.integers(0, 8, (num_prompts, 4, 8))
@@ -53,7 +54,7 @@ def learn(folder: Path, num_prompts: int, seed: int) -> dict[str, float]:
         threads=1,
         seed=seed,
     )
-    result = train_reward_model(config, rows, quiet=True)
+    result = train_reward_model(dataclasses.replace(config, **changes), rows, quiet=True)
     # The scores that were trained; those in the folder are these, brought to a standard deviation of 1.
     learned = RewardModel(result.model, RewardModel.load(result.output, threads=1).encoder)
     fresh = np.random.default_rng(seed + 1000).integers(0, 8, (2000, 2, 8))

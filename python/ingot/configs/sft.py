@@ -38,6 +38,8 @@ class SFTConfig(LoraConfig, TrainingConfig):
     """Decoupled weight decay on matrices; vectors have none."""
     dropout: float = 0.0
     """Probability of dropping a value while training, whatever the model was pretrained with."""
+    lora_dropout: float = 0.0
+    """Of a LoRA adapter: probability of dropping a value of what each layer's adapter reads while training; .05 is usual."""
     loss_type: Literal["nll", "dft"] = "nll"
     """nll: cross-entropy; dft: each token weighed by its own probability (dynamic fine-tuning)."""
     loss_reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
@@ -66,6 +68,11 @@ class SFTConfig(LoraConfig, TrainingConfig):
                 f"pack_length {self.pack_length} is below max_length {self.max_length}: a row must fit into a pack",
             )
         require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
+        require(0.0 <= self.lora_dropout < 1.0, f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        require(
+            not self.lora_dropout or self.lora_rank > 0,
+            "lora_dropout is of an adapter: give --lora-rank too, or --dropout for the network's own",
+        )
         require(self.prompt_weight >= 0.0, f"prompt_weight must be 0 or more, got {self.prompt_weight}")
         require(self.z_loss >= 0.0, f"z_loss must be 0 or more, got {self.z_loss}")
         require(

@@ -30,11 +30,13 @@ from ingot.models import load_model
 from ingot.models.adapters import write_adapter
 from ingot.models.base import FloatArray, IntArray, LongArray
 from ingot.models.hf import CONFIG_FILE, open_folder, write_scorer
+from ingot.models.tables import LazyArrays
 from ingot.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ingot.configs import ModelConfig
     from ingot.models.base import Model
+    from ingot.models.sharing import SharedBase
 
 UNNAMED = "reward"
 """The criterion of a model that was trained on judgements without one."""
@@ -110,12 +112,18 @@ class RewardModel:
         *,
         weights: Mapping[str, float] | None = None,
         step_aggregate: StepAggregate = "last",
+        base: SharedBase | None = None,
         **place: Any,
     ) -> RewardModel:
         """The reward model in a folder; ``FOLDER:CRITERION`` is one with that criterion's head alone counting.
 
         Of a process reward model ``FOLDER:last``, ``FOLDER:min`` and ``FOLDER:product`` say how steps are put together, as ``step_aggregate``
-        does. ``place`` are ``backend``, ``device``, ``threads``, ``level`` and ``precision`` of :func:`ingot.load_model`.
+        does.
+
+        Where the folder's run trained an adapter on the weights of ``base``, the model is ``base`` with that adapter: no weights are loaded
+        but the adapter's. Otherwise it is the network in the folder, at ``place``.
+
+        ``place`` are ``backend``, ``device``, ``threads``, ``level`` and ``precision`` of :func:`ingot.load_model`.
 
         Raises
         ------
@@ -148,7 +156,8 @@ class RewardModel:
                 f"{path}: the tokenizer has {encoder.tokenizer.vocab_size} tokens but the model only {saved.config.vocab_size}: "
                 "they do not belong together"
             )
-        model = load_model(path, **place)
+        shared = None if base is None else base.adapted(Path(path), saved.config)
+        model = load_model(path, **place) if shared is None else shared
         return cls(
             model,
             encoder,
@@ -409,11 +418,12 @@ class RewardModel:
         adapter = self.model.adapters[name]
         write_adapter(Path(folder), adapter, self.model.config, self._scaled(adapter.state()))
 
-    def _scaled(self, state: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    def _scaled(self, state: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         """Weights whose heads say scores."""
         weight = (self.gain[:, None] * state["score.weight"]).astype(np.float32)
         bias = (self.gain * state["score.bias"] + self.bias).astype(np.float32)
-        return state | {"score.weight": weight, "score.bias": bias}
+        heads = {"score.weight": weight, "score.bias": bias}
+        return LazyArrays(state, lambda name: heads[name] if name in heads else state[name])
 
 
 def end_values(model: Model, sequences: Sequence[Encoded]) -> Float64:

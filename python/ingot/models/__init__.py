@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,7 @@ def load_model(
     *,
     level: str | None = None,
     num_values: int | None = None,
+    dropout: float | None = None,
 ) -> base.Model:
     """A network from a Hugging Face directory: one that ingot saved, or a GPT-2, Llama, Qwen2 or Qwen3 that transformers saved.
 
@@ -104,6 +106,8 @@ def load_model(
     ----------
     num_values
         Scalar heads; those of the directory unless given. Where the directory has none, new ones start from ``seed``.
+    dropout
+        Instead of the directory's.
 
     The other parameters are those of :func:`Model`.
 
@@ -119,7 +123,8 @@ def load_model(
         num_values = saved.num_values
     elif saved.num_values not in (0, num_values):
         raise ConfigError(f"{folder}: has {saved.num_values} scalar heads, not {num_values}: leave num_values out")
-    model = Model(saved.config, seed, precision, backend, device, threads, level=level, num_values=num_values)
+    config = saved.config if dropout is None else dataclasses.replace(saved.config, dropout=dropout)
+    model = Model(config, seed, precision, backend, device, threads, level=level, num_values=num_values)
     shapes = {name: tuple(array.shape) for name, array in model.parameters.items()}
     new = ("score.bias",) if saved.num_values else ("score.weight", "score.bias")
     # A model that scores has no head for words; the network's keeps its first values.

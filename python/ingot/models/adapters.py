@@ -9,6 +9,7 @@ Shape legend: r rank, d_in and d_out a layer's inputs and outputs.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +26,8 @@ from ingot.errors import CheckpointError, ConfigError
 from ingot.models.base import FloatArray
 from ingot.models.hf import family_of
 from ingot.models.parameters import Parameter, parameter_table
-from ingot.models.safetensors_files import read_header, read_tensors, write_tensors
-from ingot.models.tables import check_state, some
+from ingot.models.safetensors_files import read_header, read_metadata, read_tensors, write_tensors
+from ingot.models.tables import LazyArrays, check_state, some
 
 OFF = "off"
 """The name of no adapter: the model as it is without any."""
@@ -34,10 +35,13 @@ ALL_LINEAR = "all-linear"
 """Every linear layer of the blocks."""
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FOLDER = "adapter"
+"""Where a run's adapter lies in its folder, beside the model with the adapter merged."""
 
 _PREFIX = "base_model.model."
 _DEFAULT_RANK = 8
 _DEFAULT_ALPHA = 16.0
+_BASE_HASH = "base_hash"
 # Settings of peft that change what an adapter computes, and the only values of them that are read here.
 _PLAIN = {
     "use_dora": False,
@@ -51,24 +55,62 @@ _PLAIN = {
 }
 
 
-class Adapter(abc.ABC):
-    """One adapter of a model. Names of tensors are peft's without ``base_model.model.``: ``MODULE.lora_A.weight`` [r, d_in],
-    ``MODULE.lora_B.weight`` [d_out, r]; and ``score.weight`` and ``score.bias`` of its own where the model has scalar heads.
-    """
+@dataclasses.dataclass(frozen=True)
+class AdapterSettings:
+    """What an adapter is, beside its weights."""
 
-    def __init__(self, name: str, rank: int, alpha: float, modules: Sequence[str]) -> None:
-        self.name = name
-        self.rank = rank
-        self.alpha = alpha
-        self.modules = tuple(modules)
-        """The linear layers that it changes, by name."""
-        self.base_model: str | None = None
-        """Where the weights below it are, for ``base_model_name_or_path`` of its file."""
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+    """The linear layers that it changes, by name."""
+    num_values: int
+    """Scalar heads of its own."""
+    dropout: float = 0.0
+    """Share of the elements of each layer's input that A does not see while training."""
 
     @property
     def scale(self) -> float:
         """Factor of B A: alpha / rank."""
         return self.alpha / self.rank
+
+
+class Adapter(abc.ABC):
+    """One adapter of a model. Names of tensors are peft's without ``base_model.model.``: ``MODULE.lora_A.weight`` [r, d_in],
+    ``MODULE.lora_B.weight`` [d_out, r]; and ``score.weight`` [k, d] and ``score.bias`` [k] where it has scalar heads.
+    """
+
+    def __init__(self, name: str, settings: AdapterSettings) -> None:
+        self.name = name
+        self.settings = settings
+        self.base_model: str | None = None
+        """Where the weights below it are, for ``base_model_name_or_path`` of its file."""
+        self.base_hash: str | None = None
+        """Of the weights below it (:func:`ingot.models.sharing.weights_hash`), where that is known."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of A and columns of B."""
+        return self.settings.rank
+
+    @property
+    def alpha(self) -> float:
+        """B A counts times alpha / rank."""
+        return self.settings.alpha
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The linear layers that it changes, by name."""
+        return self.settings.modules
+
+    @property
+    def num_values(self) -> int:
+        """Its scalar heads."""
+        return self.settings.num_values
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A: alpha / rank."""
+        return self.settings.scale
 
     @property
     @abc.abstractmethod
@@ -101,8 +143,9 @@ class Adapter(abc.ABC):
     def delta(self, module: str) -> FloatArray:
         """(alpha / rank) B A of one module, f32 [d_out, d_in]."""
         weights = self.parameters
-        product = weights[f"{module}.lora_B.weight"] @ weights[f"{module}.lora_A.weight"]
-        return np.asarray(np.float32(self.scale) * product, dtype=np.float32)
+        product = np.asarray(weights[f"{module}.lora_B.weight"] @ weights[f"{module}.lora_A.weight"], np.float32)
+        product *= np.float32(self.scale)
+        return product
 
 
 class Adapted(abc.ABC):
@@ -115,16 +158,29 @@ class Adapted(abc.ABC):
     """What merging added to the scalar heads."""
 
     config: Any
-    num_values: Any
     state: Any
+    snapshot: Any
+
+    @property
+    @abc.abstractmethod
+    def _own_values(self) -> int:
+        """Scalar heads of the model's own."""
 
     @abc.abstractmethod
-    def _make_adapter(self, name: str, rank: int, alpha: float, modules: Sequence[str]) -> Adapter:
-        """A new adapter of zeros, scalar heads copied from the model."""
+    def _make_adapter(self, name: str, settings: AdapterSettings) -> Adapter:
+        """A new adapter of zeros, the scalar heads copies of the model's where it has as many."""
 
     @abc.abstractmethod
     def _add_to_weights(self, deltas: Iterator[tuple[str, FloatArray]]) -> None:
         """Add to weights of the model by name, in the shapes in which they are shown."""
+
+    @property
+    def num_values(self) -> int:
+        """Scalar heads that a call without ``adapter`` sees: the active adapter's, else the model's own."""
+        return self._values_of(self._trained())
+
+    def _values_of(self, adapter: Adapter | None) -> int:
+        return self._own_values if adapter is None else adapter.num_values
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -149,6 +205,9 @@ class Adapted(abc.ABC):
         alpha: float = _DEFAULT_ALPHA,
         target_modules: str | Sequence[str] = ALL_LINEAR,
         seed: int = 0,
+        *,
+        num_values: int | None = None,
+        dropout: float = 0.0,
     ) -> Adapter:
         """A new adapter, which changes nothing before it is trained: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0.
 
@@ -160,6 +219,11 @@ class Adapted(abc.ABC):
             "all-linear", or names of linear layers as they end: ``q_proj`` for that of every block, ``layers.0.self_attn.q_proj`` for one.
         seed
             Of A.
+        num_values
+            Scalar heads of its own. As many as the model has, and their values, unless given; another number of heads begins at 0.
+        dropout
+            peft's ``lora_dropout``: while training, A sees each layer's input with this share of its elements at 0 and the others
+            scaled by 1 / (1 - dropout). The masks are functions of the call's seed, as those of the network's own dropout are.
 
         Raises
         ------
@@ -178,9 +242,14 @@ class Adapted(abc.ABC):
             raise ConfigError(f"rank must be at least 1, got {rank}")
         if not 0.0 < alpha < math.inf:
             raise ConfigError(f"alpha must be positive, got {alpha}")
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout}")
+        if num_values is not None and num_values < 0:
+            raise ConfigError(f"num_values must be 0 or more, got {num_values}")
         inputs = linear_modules(self.config)
         modules = select_modules(list(inputs), target_modules)
-        adapter = self._make_adapter(name, rank, alpha, modules)
+        heads = self._own_values if num_values is None else num_values
+        adapter = self._make_adapter(name, AdapterSettings(rank, alpha, tuple(modules), heads, dropout))
         state = adapter.state()
         for number, module in enumerate(modules):
             bound = 1.0 / math.sqrt(inputs[module])
@@ -196,12 +265,17 @@ class Adapted(abc.ABC):
         Raises
         ------
         ConfigError
-            There is no such adapter.
+            There is no such adapter, or it has another number of scalar heads than the model.
         RuntimeError
             One is merged already.
         """
         adapter = self._known(name)
         self._require_unmerged()
+        if adapter.num_values != self._own_values:
+            raise ConfigError(
+                f"adapter {name!r} has {adapter.num_values} scalar heads and the model {self._own_values}: it cannot be merged in place; "
+                "make it active and save the model"
+            )
         self._add_to_weights(self._deltas(adapter, 1.0))
         self._merged = name
 
@@ -225,7 +299,8 @@ class Adapted(abc.ABC):
         write_adapter(Path(folder), self._known(name), self.config)
 
     def load_adapter(self, folder: str | Path, name: str = "default") -> Adapter:
-        """Add an adapter from a folder that :meth:`save_adapter` or peft wrote.
+        """Add an adapter from a folder that :meth:`save_adapter` or peft wrote, with the scalar heads that it has there (the model's where
+        it has none).
 
         Raises
         ------
@@ -239,20 +314,47 @@ class Adapted(abc.ABC):
         unknown = [module for module in modules if module not in linear_modules(self.config)]
         if unknown or not modules:
             raise CheckpointError(f"{folder}: is for another network, with {some(unknown) or 'no linear layer at all'}")
-        heads = {key: value for key, value in self.state().items() if key.startswith("score.")}
-        adapter = self.add_adapter(name, settings["r"], settings["lora_alpha"], modules)
+        num_values = len(state["score.weight"]) if "score.weight" in state else None
+        adapter = self.add_adapter(
+            name,
+            settings["r"],
+            settings["lora_alpha"],
+            modules,
+            num_values=num_values,
+            dropout=settings["lora_dropout"],
+        )
         try:
             # Without scalar heads of its own it keeps the model's.
+            heads = {key: value for key, value in adapter.parameters.items() if key.startswith("score.")}
             adapter.load_state({**heads, **state})
         except CheckpointError as error:
             del self._adapters[name]
             raise CheckpointError(f"{folder}: {error}") from None
-        adapter.base_model = settings["base_model_name_or_path"]
+        adapter.base_model, adapter.base_hash = settings["base_model_name_or_path"], settings[_BASE_HASH]
         return adapter
 
-    def merged_state(self) -> dict[str, FloatArray]:
-        """:meth:`state` with the active adapter merged: the weights that :meth:`save` writes."""
-        return dict(self._merged_weights(self.state()))
+    def merged_state(self) -> Mapping[str, FloatArray]:
+        """The weights with the active adapter merged, as :meth:`save` writes them; each is made when it is asked for."""
+        weights: Mapping[str, FloatArray] = self.snapshot()
+        adapter = self._trained()
+        if adapter is None or self._merged is not None:
+            return weights
+        turned = family_of(self.config) == "gpt2"
+        changed = {f"{module}.weight": module for module in adapter.modules}
+        heads = {name: array for name, array in adapter.parameters.items() if name.startswith("score.")}
+
+        def merged(name: str) -> FloatArray:
+            if name in heads:
+                return heads[name]
+            if name not in changed:
+                return weights[name]
+            delta = adapter.delta(changed[name])
+            whole = delta.T if turned else delta
+            whole += weights[name]
+            return whole
+
+        own = (name for name in weights if not name.startswith("score."))
+        return LazyArrays([*own, *heads], merged)
 
     def _known(self, name: str) -> Adapter:
         if name not in self._adapters:
@@ -293,22 +395,10 @@ class Adapted(abc.ABC):
             delta = np.float32(sign) * adapter.delta(module)
             yield f"{module}.weight", delta.T if turned else delta
         if sign > 0:
-            own, state = adapter.parameters, self.state() if self.num_values else {}
+            own, state = adapter.parameters, self.state() if self._own_values else {}
             self._head_deltas = {key: own[key] - state[key] for key in state if key.startswith("score.")}
         for key, delta in self._head_deltas.items():
             yield key, np.float32(sign) * delta
-
-    def _merged_weights(self, weights: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
-        """``weights`` with the active adapter merged, for saving."""
-        adapter = self._trained()
-        if adapter is None or self._merged is not None:
-            return weights
-        merged = dict(weights)
-        turned = family_of(self.config) == "gpt2"
-        for module in adapter.modules:
-            delta = adapter.delta(module)
-            merged[f"{module}.weight"] = merged[f"{module}.weight"] + (delta.T if turned else delta)
-        return merged | {key: value for key, value in adapter.parameters.items() if key.startswith("score.")}
 
 
 def linear_modules(config: ModelConfig) -> dict[str, int]:
@@ -384,7 +474,7 @@ def write_adapter(
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.settings.dropout,
         "target_modules": names,
         "modules_to_save": ["score"] if "score.weight" in parameters else None,
         "bias": "none",
@@ -398,7 +488,11 @@ def write_adapter(
     target = folder / WEIGHTS_FILE
     temporary = temporary_name(target)
     try:
-        write_tensors(temporary, {_PREFIX + name: array for name, array in parameters.items()}, {"format": "pt"})
+        # A field of its own in adapter_config.json would be a surprise to peft; what stands here it does not read.
+        known = {} if adapter.base_hash is None else {_BASE_HASH: adapter.base_hash}
+        write_tensors(
+            temporary, {_PREFIX + name: array for name, array in parameters.items()}, {"format": "pt", **known}
+        )
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -431,4 +525,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, FloatArray]]:
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing")
     state = {name.removeprefix(_PREFIX): array for name, array in read_tensors(weights, read_header(weights))}
-    return {"r": rank, "lora_alpha": alpha, "base_model_name_or_path": settings.get("base_model_name_or_path")}, state
+    found = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": settings.get("lora_dropout") or 0.0,
+        "base_model_name_or_path": settings.get("base_model_name_or_path"),
+        _BASE_HASH: read_metadata(weights).get(_BASE_HASH),
+    }
+    return found, state

@@ -279,7 +279,8 @@ class Model(Protocol):
 
     @property
     def num_values(self) -> int:
-        """Scalar heads: ``score.weight`` [k, d] and ``score.bias`` [k]; 0 for none."""
+        """Scalar heads, ``score.weight`` [k, d] and ``score.bias`` [k], of a call without ``adapter``: the active adapter's, else the
+        model's own; 0 for none."""
         ...
 
     @property
@@ -434,6 +435,9 @@ class Model(Protocol):
         alpha: float = 16.0,
         target_modules: str | Sequence[str] = "all-linear",
         seed: int = 0,
+        *,
+        num_values: int | None = None,
+        dropout: float = 0.0,
     ) -> Adapter:
         """A new LoRA adapter, which changes nothing before it is trained. See :meth:`ingot.models.adapters.Adapted.add_adapter`."""
         ...
@@ -446,8 +450,8 @@ class Model(Protocol):
         """Take the merged adapter off the weights again."""
         ...
 
-    def merged_state(self) -> dict[str, FloatArray]:
-        """:meth:`state` with the active adapter merged."""
+    def merged_state(self) -> Mapping[str, FloatArray]:
+        """The weights with the active adapter merged; each is made when it is asked for."""
         ...
 
     def save_adapter(self, name: str, folder: str | Path) -> None:
@@ -468,6 +472,10 @@ class Model(Protocol):
 
     def state(self) -> dict[str, FloatArray]:
         """Copies of all weights by Hugging Face name."""
+        ...
+
+    def snapshot(self) -> Mapping[str, FloatArray]:
+        """All weights by Hugging Face name, to read and to drop: views of the model's memory where it can be seen, else copies."""
         ...
 
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:

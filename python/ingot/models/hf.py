@@ -26,7 +26,7 @@ from ingot.configs import ModelConfig
 from ingot.durable import reached, rename, temporary_name, write_file
 from ingot.errors import CheckpointError, ConfigError
 from ingot.models.safetensors_files import StoredTensor, read_header, read_tensors, write_tensors
-from ingot.models.tables import some
+from ingot.models.tables import LazyArrays, some
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -289,8 +289,8 @@ def write_scorer(
     }
     if step_separator is not None:
         fields["step_separator"] = step_separator
-    kept = {name: values for name, values in state.items() if name not in (_HEAD, "score.bias")}
-    _write(Path(folder), fields, kept)
+    kept = (name for name in state if name not in (_HEAD, "score.bias"))
+    _write(Path(folder), fields, LazyArrays(kept, state.__getitem__))
 
 
 def write_folder(folder: str | Path, config: ModelConfig, state: Mapping[str, npt.NDArray[np.float32]]) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ingot import _native
 from ingot.configs import ModelConfig
 from ingot.errors import CheckpointError
-from ingot.models.adapters import Adapted, Adapter
+from ingot.models.adapters import Adapted, Adapter, AdapterSettings
 from ingot.models.base import (
     BoolArray,
     Candidates,
@@ -41,8 +41,8 @@ from ingot.models.tables import check_state, parts_table
 class NativeAdapter(Adapter):
     """An adapter of a native model: views of its flat buffers."""
 
-    def __init__(self, core: _native.Model, name: str, rank: int, alpha: float, modules: Sequence[str], index: int):
-        super().__init__(name, rank, alpha, modules)
+    def __init__(self, core: _native.Model, name: str, settings: AdapterSettings, index: int) -> None:
+        super().__init__(name, settings)
         self._core = core
         self._index = index
         self._parameters: Mapping[str, FloatArray] = MappingProxyType(core.adapter_parameters(index))
@@ -127,8 +127,7 @@ class NativeModel(Adapted):
         return self._core.threads
 
     @property
-    def num_values(self) -> int:
-        """Number of scalar heads."""
+    def _own_values(self) -> int:
         return self._core.num_values
 
     @property
@@ -169,7 +168,7 @@ class NativeModel(Adapted):
         adapter: str | None = None,
     ) -> tuple[Context | None, Outputs]:
         """See :meth:`ingot.models.base.Model.forward`."""
-        wanted = check_want(want, self.num_values, candidates)
+        wanted = check_want(want, self._values_of(self._chosen(adapter)), candidates)
         check_seed(seed)
         context, arrays = self._core.forward(
             tokens,
@@ -287,7 +286,7 @@ class NativeModel(Adapted):
         fork._gradients = None
         fork._optimizers = {}
         fork._adapters = {
-            name: NativeAdapter(fork._core, name, adapter.rank, adapter.alpha, adapter.modules, adapter._index)
+            name: NativeAdapter(fork._core, name, adapter.settings, adapter._index)
             for name, adapter in self._adapters.items()
             if isinstance(adapter, NativeAdapter)
         }
@@ -297,6 +296,10 @@ class NativeModel(Adapted):
     def state(self) -> dict[str, FloatArray]:
         """Copies of all weights, C-contiguous in Hugging Face's shapes."""
         return {name: np.array(view, order="C") for name, view in self._core.snapshot().items()}
+
+    def snapshot(self) -> Mapping[str, FloatArray]:
+        """Read-only views; while one of them is held, a write to the model takes a copy and leaves it as it is."""
+        return MappingProxyType(self._core.snapshot())
 
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; strict."""
@@ -312,11 +315,17 @@ class NativeModel(Adapted):
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face directory, the active adapter merged."""
-        write_folder(folder, self._config, self._merged_weights(self._core.snapshot()))
+        write_folder(folder, self._config, self.merged_state())
 
-    def _make_adapter(self, name: str, rank: int, alpha: float, modules: Sequence[str]) -> NativeAdapter:
-        index = self._core.add_adapter(rank=rank, scale=alpha / rank, modules=list(modules))
-        return NativeAdapter(self._core, name, rank, alpha, modules, index)
+    def _make_adapter(self, name: str, settings: AdapterSettings) -> NativeAdapter:
+        index = self._core.add_adapter(
+            rank=settings.rank,
+            scale=settings.scale,
+            modules=list(settings.modules),
+            num_values=settings.num_values,
+            dropout=settings.dropout,
+        )
+        return NativeAdapter(self._core, name, settings, index)
 
     def _add_to_weights(self, deltas: Iterator[tuple[str, FloatArray]]) -> None:
         views = self.parameters

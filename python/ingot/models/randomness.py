@@ -21,6 +21,8 @@ SITE_MLP_RESIDUAL = 3
 """Place of the dropout on what the MLP adds."""
 SITE_SAMPLING = 4
 """Drawing a token."""
+SITE_ADAPTER = 0x4000
+"""Place of the dropout at the entrance of an adapter: this plus the number of the linear layer within its block."""
 SITE_ATTENTION_WEIGHTS = 0x8000
 """Place of the dropout on attention weights: this plus the query head."""
 

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,13 @@ def read_header(path: Path) -> list[StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file that :func:`read_header` can read says of itself."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__") or {})
+
+
 def _entry(name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
     shape = tuple(entry["shape"])
     start, end = entry["data_offsets"]
@@ -117,22 +124,31 @@ def write_tensors(
     OSError
         No space, no permission; ``path`` may hold a part, so write to a temporary name and rename.
     """
+    # An array may be made when it is asked for: of all but one at a time only the form is kept.
+    forms = {name: _form(arrays[name]) for name in arrays}
     # Largest elements first, as the library does, so that each tensor is aligned to its type.
-    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    names = sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name in names:
-        array = arrays[name]
-        end = position + array.nbytes
-        dtype = _WRITTEN_TYPES[array.dtype.newbyteorder("<").str]
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [position, end]}
+        dtype, shape, size = forms[name]
+        end = position + size
+        stored = _WRITTEN_TYPES[dtype.newbyteorder("<").str]
+        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:
-            array = arrays[name]
-            file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+            _write_array(file, arrays[name])
         file.flush()
         os.fsync(file.fileno())
+
+
+def _form(array: npt.NDArray[np.generic]) -> tuple[np.dtype[np.generic], tuple[int, ...], int]:
+    return array.dtype, array.shape, array.nbytes
+
+
+def _write_array(file: BinaryIO, array: npt.NDArray[np.generic]) -> None:
+    file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,25 @@ from ingot.configs import ModelConfig
 from ingot.errors import CheckpointError
 
 _SHOWN_NAMES = 4
+
+
+class LazyArrays(Mapping[str, npt.NDArray[np.float32]]):
+    """Named arrays of which each is made, or looked up, when it is asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], npt.NDArray[np.float32]]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def some(names: list[str]) -> str:

@@ -1,7 +1,8 @@
 """A policy and what estimates its values, which train and are saved together.
 
-The critic is a head on the policy's own network, or a network of its own. What a folder holds of the policy is a plain causal language
-model either way; the head is in ``value_head.safetensors`` beside it, the other network in ``critic.safetensors``.
+The critic is a head on the policy's own network, an adapter of its own on the policy's base, or a network of its own. What a folder
+holds of the policy is a plain causal language model either way; the head is in ``value_head.safetensors`` beside it, what is trained of
+another critic in ``critic.safetensors``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from ingot.models.adapters import write_adapter
 from ingot.models.base import Model, StepInfo
 from ingot.models.hf import write_folder
 from ingot.models.safetensors_files import write_tensors
+from ingot.models.tables import LazyArrays
 from ingot.training.checkpoints import read_optimizer
-from ingot.training.lora import load_trained_state, read_trained
+from ingot.training.lora import ADAPTER, attach_adapter, load_trained_state, read_trained, trained_state
 from ingot.training.setup import Setup, load_policy
 from ingot.training.trainer import make_optimizer
 
@@ -38,7 +40,7 @@ class ActorCritic:
     policy
         With one scalar head where it is its own critic.
     critic
-        A network with one scalar head; None for the policy's own.
+        With one scalar head; None for the policy's own.
     """
 
     def __init__(self, policy: Model, critic: Model | None = None) -> None:
@@ -51,8 +53,8 @@ class ActorCritic:
         if config.critic == "shared":
             return cls(setup.policy)
         if config.critic == "policy":
-            return cls(setup.policy, load_policy(config, num_values=1))
-        return cls(setup.policy, _critic_of(config))
+            return cls(setup.policy, _adapted(config, setup) if config.lora_rank else load_policy(config, num_values=1))
+        return cls(setup.policy, _critic_of(config, setup))
 
     @property
     def config(self) -> ModelConfig:
@@ -80,16 +82,16 @@ class ActorCritic:
     def save(self, folder: str | Path) -> None:
         """The policy as a Hugging Face directory, and what estimates values in a file beside it."""
         state = self.policy.merged_state()
-        heads = {name: values for name, values in state.items() if name.startswith("score.")}
-        write_folder(folder, self.config, {name: values for name, values in state.items() if name not in heads})
+        heads = {name: state[name] for name in state if name.startswith("score.")}
+        write_folder(folder, self.config, LazyArrays((name for name in state if name not in heads), state.__getitem__))
         if self.critic is not None:
-            write_tensors(Path(folder) / CRITIC_FILE, self.critic.state())
+            write_tensors(Path(folder) / CRITIC_FILE, trained_state(self.critic))
         else:
             write_tensors(Path(folder) / HEAD_FILE, heads)
 
     @property
     def active_adapter(self) -> str | None:
-        """The policy's; a critic of its own trains all its weights."""
+        """The policy's."""
         return self.policy.active_adapter
 
     def save_adapter(self, name: str, folder: str | Path) -> None:
@@ -120,23 +122,35 @@ class ActorCritic:
             load_trained_state(self.policy, {**weights, **load_file(checkpoint / HEAD_FILE)})
         else:
             load_trained_state(self.policy, weights)
-            self.critic.load_state(load_file(checkpoint / CRITIC_FILE))
+            load_trained_state(self.critic, load_file(checkpoint / CRITIC_FILE))
             own = {name: values for name, values in moments.items() if name.startswith(_PREFIX)}
             self.critic.optimizer.load_state({name.removeprefix(_PREFIX): values for name, values in own.items()})
             moments = {name: values for name, values in moments.items() if name not in own}
         self.policy.optimizer.load_state(moments)
 
 
-def _critic_of(config: PPOConfig) -> Model:
-    """A network that starts as the reward model, its criteria made one by their weights."""
-    from ingot.inference.scoring import RewardModel
+def _adapted(config: PPOConfig, setup: Setup) -> Model:
+    """The base below the policy's adapter with another adapter, whose head says 0."""
+    critic = setup.base.fork()
+    attach_adapter(config, critic, None, base_hash=setup.base.hash, num_values=1)
+    return critic
 
-    assert config.reward_model is not None
-    rewarder = RewardModel.load(config.reward_model, **config.place)
-    state = rewarder.model.state()
-    weights = rewarder.weights
-    state["score.weight"] = (weights @ (rewarder.gain[:, None] * state["score.weight"]))[None].astype(np.float32)
-    state["score.bias"] = np.array([weights @ (rewarder.gain * state["score.bias"] + rewarder.bias)], np.float32)
+
+def _critic_of(config: PPOConfig, setup: Setup) -> Model:
+    """What starts as the reward model, its criteria made one by their weights: an adapter where the reward model is one on the policy's
+    base, and a policy's adapter is trained; else a network."""
+    rewarder = setup.scorers.reward_model
+    weights, scale = rewarder.weights, rewarder.gain
+    known = rewarder.model.active_adapter if config.lora_rank else None
+    state = dict(rewarder.model.merged_state()) if known is None else rewarder.model.adapters[known].state()
+    state["score.weight"] = (weights @ (scale[:, None] * state["score.weight"]))[None].astype(np.float32)
+    state["score.bias"] = np.array([weights @ (scale * state["score.bias"] + rewarder.bias)], np.float32)
+    if known is not None:
+        critic = setup.base.fork()
+        adapter = rewarder.model.adapters[known]
+        critic.add_adapter(ADAPTER, adapter.rank, adapter.alpha, adapter.modules, num_values=1).load_state(state)
+        critic.active_adapter = ADAPTER
+        return critic
     critic = make_model(dataclasses.replace(rewarder.config, dropout=0.0), num_values=1, **config.place)
     critic.load_state(state)
     return critic

@@ -7,7 +7,6 @@ needs as they were.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -17,7 +16,8 @@ import numpy.typing as npt
 
 from ingot.configs.lora import LoraConfig
 from ingot.errors import CheckpointError, RunError
-from ingot.models.adapters import adapter_table, linear_modules, read_adapter, select_modules
+from ingot.models.adapters import ADAPTER_FOLDER, adapter_table, linear_modules, read_adapter, select_modules
+from ingot.models.sharing import weights_hash
 
 if TYPE_CHECKING:
     from ingot.configs import ModelConfig
@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """The name of the adapter that a run trains."""
-ADAPTER_FOLDER = "adapter"
 
 
-def attach_adapter(config: LoraConfig, model: Model, facts: dict[str, Any] | None) -> None:
+def attach_adapter(
+    config: LoraConfig,
+    model: Model,
+    facts: dict[str, Any] | None,
+    *,
+    base_hash: str | None = None,
+    num_values: int | None = None,
+) -> None:
     """Put the adapter that the settings ask for, if any, on the model, and make it what is trained.
 
     Parameters
@@ -36,6 +42,10 @@ def attach_adapter(config: LoraConfig, model: Model, facts: dict[str, Any] | Non
     facts
         Content of run.json: gets the hash of the weights below, or is compared with it where it has one. None where the caller
         compares them.
+    base_hash
+        That hash, where the caller knows it.
+    num_values
+        Scalar heads of the adapter; as many as the model has unless given.
 
     Raises
     ------
@@ -46,25 +56,24 @@ def attach_adapter(config: LoraConfig, model: Model, facts: dict[str, Any] | Non
     """
     if not config.lora_rank:
         return
-    if facts is not None:
-        found = weights_hash(model)
-        if facts.setdefault("base_hash", found) != found:
-            base = facts["config"]["model"]
-            raise RunError(
-                f"{base}: holds other weights than when this run began, and the run's adapter belongs to those: put them back, or start again"
-            )
-    adapter = model.add_adapter(ADAPTER, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
-    adapter.base_model = str(getattr(config, "model", "")) or None
+    found = base_hash or weights_hash(model)
+    if facts is not None and facts.setdefault("base_hash", found) != found:
+        base = facts["config"]["model"]
+        raise RunError(
+            f"{base}: holds other weights than when this run began, and the run's adapter belongs to those: put them back, or start again"
+        )
+    adapter = model.add_adapter(
+        ADAPTER,
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_target_modules,
+        config.seed,
+        num_values=num_values,
+        # Of phases that have dropout at all.
+        dropout=getattr(config, "lora_dropout", 0.0),
+    )
+    adapter.base_model, adapter.base_hash = str(getattr(config, "model", "")) or None, found
     model.active_adapter = ADAPTER
-
-
-def weights_hash(model: Model) -> str:
-    """sha256 of the model's own weights, names and shapes included."""
-    digest = hashlib.sha256()
-    for name, array in model.state().items():
-        digest.update(f"{name} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def num_trained(config: LoraConfig, shape: ModelConfig, num_values: int = 0) -> int | None:

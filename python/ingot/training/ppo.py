@@ -114,7 +114,7 @@ def _decide(
 ) -> tuple[Decisions, Cost]:
     """Time an update on the run's first prompts, settle what is open, and say it. The weights are put back."""
     size, actors = config.per_device_train_batch_size, setup.actors
-    before = trained_state(actors.policy), None if actors.critic is None else actors.critic.state()
+    before = trained_state(actors.policy), None if actors.critic is None else trained_state(actors.critic)
     actors.restore(config, None)
     began = time.perf_counter()
     experience = gather(
@@ -140,7 +140,7 @@ def _decide(
     step_s = time.perf_counter() - began
     load_trained_state(actors.policy, before[0])
     if actors.critic is not None and before[1] is not None:
-        actors.critic.load_state(before[1])
+        load_trained_state(actors.critic, before[1])
     probe = Probe(
         step_s=step_s,
         step_tokens=int(experience.rollouts.num_actions.sum()),

@@ -18,7 +18,7 @@ from ingot.durable import rename, temporary_name
 from ingot.losses.numerics import Float64, f64
 from ingot.losses.packed import sum_by_sequence
 from ingot.models.safetensors_files import write_tensors
-from ingot.training.lora import weights_hash
+from ingot.models.sharing import weights_hash
 
 if TYPE_CHECKING:
     from ingot.models.base import Model

@@ -57,6 +57,7 @@ from ingot.training.reward_figures import (
     verdict_of,
 )
 from ingot.training.runs import RunFolder
+from ingot.training.setup import zero_heads
 from ingot.training.state import State
 from ingot.training.trainer import Trainer, TrainingResult, measure
 from ingot.training.verdicts import Verdict, write_verdict
@@ -133,13 +134,9 @@ def _make_model(config: RewardConfig, rankings: Rankings, known: ModelConfig | N
         )
     shape = dataclasses.replace(saved, dropout=0.0)
     require_memory(shape, rankings.pack_length, memory_limit(), num_trained(config, shape, heads))
-    model = load_model(config.model, seed=config.seed, num_values=heads, **config.place)
-    state = model.state()
+    model = load_model(config.model, seed=config.seed, num_values=heads, dropout=0.0, **config.place)
     if config.head_init == "zero":
-        state["score.weight"] *= 0
-    if shape != saved:
-        model = Model(shape, seed=config.seed, num_values=heads, **config.place)
-    model.load_state(state)
+        zero_heads(model)
     return model
 
 

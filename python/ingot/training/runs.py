@@ -25,10 +25,11 @@ from ingot.durable import (
     write_file,
 )
 from ingot.errors import IngotError, RunError
+from ingot.models.adapters import ADAPTER_FOLDER
 from ingot.training.checkpoints import MODEL_FILE
 from ingot.training.companions import write_generation_config, write_tokenizer_config
 from ingot.training.locks import RunLock
-from ingot.training.lora import ADAPTER_FOLDER, save_beside
+from ingot.training.lora import save_beside
 from ingot.training.metrics import MetricsLog
 
 if TYPE_CHECKING:

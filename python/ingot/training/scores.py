@@ -35,6 +35,7 @@ from ingot.training.prompts import Prompt
 from ingot.training.rewards import RewardFunction, RewardFunctions, completion_like
 
 if TYPE_CHECKING:
+    from ingot.models.sharing import SharedBase
     from ingot.training.rollouts import Rollouts
 
 
@@ -126,10 +127,12 @@ class Scorers:
     rewards, gold
         Instead of those that ``config`` names: functions, or reward models (:class:`TokenScorer`).
 
+    Reward models are there after :meth:`load_models`.
+
     Raises
     ------
     ConfigError
-        There is no reward, one cannot be loaded, a reward model reads another tokenizer, or judge or gold is what is trained against.
+        There is no reward, a function cannot be loaded, or judge or gold is what is trained against.
     """
 
     def __init__(
@@ -153,30 +156,52 @@ class Scorers:
                 f"reward_weights has {len(weights)} numbers for {len(sources)} rewards: give one for each, the reward model's first"
             )
         known_gold = gold or config.gold
+        self._config = config
+        self._named: list[tuple[TokenScorer | str, float]] = []
         self._models: list[tuple[TokenScorer, float]] = []
         functions: list[Any] = []
         function_weights: list[float] = []
         for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
             must_be_model = number == 0 and config.reward_model is not None
-            if isinstance(source, str) and (must_be_model or is_reward_folder(source)):
-                source = self._load(source, config)
-            if isinstance(source, TokenScorer):
-                self._models.append((source, weight))
+            is_model = isinstance(source, str) and (must_be_model or is_reward_folder(source))
+            if is_model or isinstance(source, TokenScorer):
+                self._named.append((source, weight))
             else:
                 functions.append(source)
                 function_weights.append(weight)
         if known_gold is not None:
             require_other_judge(sources, known_gold)
-        for model, _ in self._models:
-            self._require_tokens(model, config.model)
         timeout_s = config.reward_timeout
         self._functions = RewardFunctions(functions, function_weights, timeout_s=timeout_s) if functions else None
         self._gold = None if known_gold is None else RewardFunctions([known_gold], timeout_s=timeout_s)
         self._judge: TokenScorer | None = None
         if config.judge is not None:
             require_other_judge(sources, config.judge)
-            self._judge = self._load(config.judge, config)
-            self._require_tokens(self._judge, config.model)
+
+    def load_models(self, base: SharedBase | None = None) -> None:
+        """Load reward models and the judge; those that are adapters on ``base`` take its weights and no memory for their own.
+
+        Raises
+        ------
+        ConfigError, CheckpointError, DataError
+            One cannot be loaded, or reads another tokenizer.
+        """
+        self._models = [(self._open(source, base), weight) for source, weight in self._named]
+        if self._config.judge is not None:
+            self._judge = self._open(self._config.judge, base)
+
+    def _open(self, source: TokenScorer | str, base: SharedBase | None) -> TokenScorer:
+        if isinstance(source, str):
+            source = RewardModel.load(source, base=base, **self._config.place)
+        source.require_tokens_of(self._encoder.chat or self._encoder.tokenizer, self._config.model)
+        return source
+
+    @property
+    def reward_model(self) -> RewardModel:
+        """The one that ``config.reward_model`` names, which is the first of all rewards."""
+        model = self._models[0][0]
+        assert isinstance(model, RewardModel)
+        return model
 
     @property
     def name(self) -> str:
@@ -192,7 +217,7 @@ class Scorers:
     @property
     def has_judge(self) -> bool:
         """Whether a second reward model watches."""
-        return self._judge is not None
+        return self._config.judge is not None
 
     @property
     def has_gold(self) -> bool:
@@ -247,13 +272,6 @@ class Scorers:
             more = {"prompt_lengths": part.prompt_lengths} if by_steps else {}
             scores[at] = model.score_tokens(part.tokens, part.offsets, end_id=end, **more)
         return scores
-
-    def _require_tokens(self, model: TokenScorer, source: str) -> None:
-        model.require_tokens_of(self._encoder.chat or self._encoder.tokenizer, source)
-
-    @staticmethod
-    def _load(folder: str, config: OnlineConfig) -> TokenScorer:
-        return RewardModel.load(folder, **config.place)
 
 
 def _as_told(

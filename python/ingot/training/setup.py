@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ingot.configs import OnlineConfig, RunConfig
 from ingot.data.files import changed_files
@@ -15,11 +14,11 @@ from ingot.environment import memory_limit
 from ingot.errors import ConfigError, RunError
 from ingot.inference.prompts import PromptEncoder
 from ingot.inference.scoring import split_name
-from ingot.models import Model as make_model
 from ingot.models import load_model
 from ingot.models.base import IntArray, Model
 from ingot.models.hf import open_folder
 from ingot.models.reference import reference_of
+from ingot.models.sharing import SharedBase
 from ingot.tokenizer import Tokenizer
 from ingot.training.cost import require_memory
 from ingot.training.lora import attach_adapter, num_trained
@@ -31,9 +30,6 @@ from ingot.training.runs import RunFolder
 from ingot.training.scores import Scorers, TokenScorer
 from ingot.training.trainer import restore_model
 from ingot.training.verdicts import require_passed
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 _PACK_TOKENS = 4096
 
@@ -60,6 +56,8 @@ class Setup:
     """With the weights that the run starts from, and the adapter on them where one is trained."""
     reference: Model
     """The same weights without an adapter, which do not change."""
+    base: SharedBase
+    """Those weights again, for reward models and critics that are adapters on them."""
     encoder: PromptEncoder
     prompts: Prompts
     scorers: Scorers
@@ -110,7 +108,7 @@ def prepare(config: OnlineConfig, given: Given, display: Display, *, num_values:
         raise ConfigError(
             f"{config.model}: its tokenizer has no token that ends an answer: fine-tune it with ingot sft"
         )
-    # Rewards are checked before anything slow: they are what people write themselves.
+    # Reward functions are checked before anything slow: they are what people write themselves.
     scorers = Scorers(config, encoder, given.rewards, given.gold)
     context = saved.config.max_position_embeddings
     room = context - config.answer_length
@@ -135,19 +133,23 @@ def prepare(config: OnlineConfig, given: Given, display: Display, *, num_values:
             f"pack_length {pack_length} is below the {longest} tokens of the longest prompt with its answer: raise it"
         )
     require_memory(saved.config, pack_length, memory_limit(), num_trained(config, saved.config, num_values))
-    policy = load_policy(config, num_values)
+    # An adapter has heads of its own.
+    policy = load_policy(config, 0 if config.lora_rank else num_values)
     # Before there is an adapter: what is trained then leaves the weights alone that the two share, and there is one copy to the end.
     reference = reference_of(policy)
+    base = SharedBase(policy, config.model, display.say)
+    scorers.load_models(base)
     facts = {
         **prompts.facts,
         "tokenizer_hash": tokenizer.hash,
         "template_hash": encoder.chat.template.hash if encoder.chat else "",
-        "model_hash": weights_hash(policy.state()),
+        "model_hash": base.hash,
     }
-    attach_adapter(config, policy, None)
+    attach_adapter(config, policy, None, base_hash=base.hash, num_values=num_values)
     return Setup(
         policy=policy,
         reference=reference,
+        base=base,
         encoder=encoder,
         prompts=prompts,
         scorers=scorers,
@@ -195,31 +197,16 @@ def require_gates(config: OnlineConfig, display: Display) -> None:
 
 def load_policy(config: OnlineConfig, num_values: int = 0) -> Model:
     """The model to start from, without dropout: a ratio of two policies must not be one of two masks. Its scalar heads say 0."""
-    loaded = load_model(config.model, num_values=num_values, **config.place)
-    if loaded.config.dropout:
-        shape = dataclasses.replace(loaded.config, dropout=0.0)
-        model = make_model(shape, num_values=num_values, **config.place)
-        model.load_state(loaded.state())
-        loaded = model
+    model = load_model(config.model, num_values=num_values, dropout=0.0, **config.place)
     if num_values:
-        zero_heads(loaded)
-    return loaded
+        zero_heads(model)
+    return model
 
 
 def zero_heads(model: Model) -> None:
     """Let the scalar heads say 0 everywhere, so that a new critic does not begin with noise (Ziegler et al. 2019)."""
     state = model.state()
     model.load_state({name: values * 0 if name.startswith("score.") else values for name, values in state.items()})
-
-
-def weights_hash(state: dict[str, npt.NDArray[Any]]) -> str:
-    """sha256, as hex, of weights, whatever file they lie in; scalar heads do not count."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        if not name.startswith("score."):
-            digest.update(name.encode())
-            digest.update(state[name].tobytes())
-    return digest.hexdigest()
 
 
 _REMEDIES: tuple[tuple[str, Callable[[Any, Mapping[str, Any]], str], str], ...] = (

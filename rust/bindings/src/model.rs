@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use ingot_kernels::Buffer;
 use ingot_model::{
-    Batch, Candidates, Config, Context, ForwardOptions, Model, Options, OutputGradients, Outputs,
-    Parameter, Want,
+    AdapterOptions, Batch, Candidates, Config, Context, ForwardOptions, Model, Options,
+    OutputGradients, Outputs, Parameter, Want,
 };
 use numpy::{IntoPyArray, PyArrayMethods, PyReadonlyArrayDyn};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -216,15 +216,23 @@ impl NativeModel {
     }
 
     /// Adds an adapter for some modules and returns its number.
-    #[pyo3(signature = (*, rank, scale, modules))]
+    #[pyo3(signature = (*, rank, scale, modules, num_values, dropout))]
     fn add_adapter(
         &self,
         py: Python<'_>,
         rank: usize,
         scale: f32,
         modules: Vec<String>,
+        num_values: usize,
+        dropout: f32,
     ) -> PyResult<usize> {
-        self.with(py, |model| model.add_adapter(rank, scale, &modules))
+        let options = AdapterOptions {
+            rank,
+            scale,
+            num_values: Some(num_values),
+            dropout,
+        };
+        self.with(py, |model| model.add_adapter(options, &modules))
     }
 
     /// Writable views of an adapter's parameters by name.
@@ -319,13 +327,17 @@ impl NativeModel {
             seed,
             adapter,
         };
-        let (context, outputs) = enter(py, || -> Result<_, NativeError> {
-            Ok(lock(&self.model, "model")?.forward(&batch, &options)?)
+        let ((context, outputs), num_values) = enter(py, || -> Result<_, NativeError> {
+            let model = lock(&self.model, "model")?;
+            Ok((
+                model.forward(&batch, &options)?,
+                model.num_values_of(adapter),
+            ))
         })?;
         let context = context.map(|context| NativeContext {
             context: Mutex::new(context),
         });
-        Ok((context, self.arrays(py, outputs, num_rows)?))
+        Ok((context, self.arrays(py, outputs, num_rows, num_values)?))
     }
 
     /// Adds the gradients of the parameters.
@@ -342,11 +354,12 @@ impl NativeModel {
         d_hidden: Option<&Bound<'py, PyAny>>,
         d_candidates: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<()> {
-        let (num_rows, num_hidden_rows, num_candidates) = {
+        let (num_rows, num_values, num_hidden_rows, num_candidates) = {
             let context =
                 lock(&context.context, "context").map_err(|error| error.into_python(py))?;
             (
                 context.num_tokens(),
+                context.num_values(),
                 context.num_hidden_rows(),
                 context.num_candidates(),
             )
@@ -356,11 +369,11 @@ impl NativeModel {
         let d_entropy = borrow_optional("d_entropy", d_entropy, &rows)?;
         let d_lse = borrow_optional("d_lse", d_lse, &rows)?;
         let d_zbar = borrow_optional("d_zbar", d_zbar, &rows)?;
-        let values_shape = [Size::Exactly(num_rows), Size::Exactly(self.num_values)];
+        let values_shape = [Size::Exactly(num_rows), Size::Exactly(num_values)];
         let d_values = borrow_optional(
             "d_values",
             d_values,
-            &values_shape[..self.value_dimensions()],
+            &values_shape[..value_dimensions(num_values)],
         )?;
         let hidden_shape = [
             Size::Exactly(num_hidden_rows),
@@ -510,16 +523,12 @@ impl NativeModel {
         Ok(Some(slice))
     }
 
-    /// Dimensions of the values: one head gives a vector.
-    fn value_dimensions(&self) -> usize {
-        if self.num_values > 1 { 2 } else { 1 }
-    }
-
     fn arrays<'py>(
         &self,
         py: Python<'py>,
         outputs: Outputs,
         num_rows: usize,
+        num_values: usize,
     ) -> PyResult<Bound<'py, PyDict>> {
         let arrays = PyDict::new(py);
         let vectors = [
@@ -539,10 +548,10 @@ impl NativeModel {
         }
         if let Some(values) = outputs.values {
             let values = values.into_pyarray(py);
-            if self.value_dimensions() == 1 {
+            if value_dimensions(num_values) == 1 {
                 arrays.set_item("values", values)?;
             } else {
-                arrays.set_item("values", values.reshape([num_rows, self.num_values])?)?;
+                arrays.set_item("values", values.reshape([num_rows, num_values])?)?;
             }
         }
         if let Some(hidden) = outputs.hidden {
@@ -556,6 +565,11 @@ impl NativeModel {
         }
         Ok(arrays)
     }
+}
+
+/// Dimensions of the values: one head gives a vector.
+fn value_dimensions(num_values: usize) -> usize {
+    if num_values > 1 { 2 } else { 1 }
 }
 
 fn parse_want(names: &[String]) -> PyResult<Want> {

@@ -57,6 +57,8 @@ pub mod site {
     pub const MLP_RESIDUAL: u32 = 3;
     /// Sampling a token while generating.
     pub const SAMPLING: u32 = 4;
+    /// Dropout at the entrance of an adapter: this plus the number of the linear layer within its block.
+    pub const ADAPTER: u32 = 0x4000;
     /// Initial values of parameters.
     pub const INITIALIZATION: u32 = 5;
     /// Dropout on attention weights: this plus the query head.

@@ -304,6 +304,8 @@ pub(crate) struct HeadOptions {
     /// Row t of the batch has `candidates[candidate_offsets[t]..candidate_offsets[t + 1]]`; empty unless wanted.
     pub(crate) candidate_offsets: Vec<usize>,
     pub(crate) candidates: Vec<i32>,
+    /// Number of scalar heads.
+    pub(crate) num_values: usize,
     /// Rows whose scalar heads are computed, ascending.
     pub(crate) value_rows: Vec<usize>,
     pub(crate) hidden_rows: Vec<usize>,
@@ -400,6 +402,7 @@ impl HeadOptions {
             rows,
             candidate_offsets,
             candidates,
+            num_values,
             value_rows,
             hidden_rows,
             temperature: options.temperature,

@@ -19,7 +19,7 @@ pub struct Context {
     pub(crate) spent: bool,
     pub(crate) packing: Packing,
     pub(crate) head: HeadOptions,
-    /// Seed of the dropout masks, where dropout was on.
+    /// Seed of the dropout masks, where dropout may have been on.
     pub(crate) dropout_seed: Option<u64>,
     pub(crate) rotary: Option<Arc<RotaryTable>>,
     /// One arena per block.
@@ -37,6 +37,11 @@ impl Context {
     /// Number of tokens of its batch.
     pub fn num_tokens(&self) -> usize {
         self.packing.num_rows()
+    }
+
+    /// Number of scalar heads that the pass went to.
+    pub fn num_values(&self) -> usize {
+        self.head.num_values
     }
 
     /// Number of rows of the `hidden` output.

@@ -88,7 +88,7 @@ impl Head<'_> {
     /// The scalar heads with the buffer that they lie in: the adapter's, where the pass goes through one.
     fn score(&self) -> Option<(&Linear, Weights<'_>)> {
         let (score, buffer) = match self.weights.adapter {
-            Some((places, parameters)) => (&places.score, parameters),
+            Some(adapter) => (&adapter.places.score, adapter.parameters),
             None => (&self.layout.score, self.weights.base),
         };
         Some((score.as_ref()?, Weights::plain(buffer)))

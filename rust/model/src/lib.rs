@@ -29,6 +29,7 @@ mod sampling;
 #[cfg(test)]
 mod testing;
 
+pub use adapter::AdapterOptions;
 pub use batch::{Batch, Candidates, ForwardOptions, OutputGradients, Outputs, Want};
 pub use config::{ActivationKind, AttentionBias, Config, NormKind, PositionKind, RopeScaling};
 pub use context::Context;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ingot_kernels::{ArenaPool, Buffer, Kernels, Lease, Level, Pool};
 
-use crate::adapter::{Adapter, Gradients, Weights};
+use crate::adapter::{Adapter, AdapterOptions, AdapterWeights, Gradients, Weights};
 use crate::batch::{Batch, ForwardOptions, HeadOptions, OutputGradients, Outputs, Packing};
 use crate::context::Context;
 use crate::head::Head;
@@ -132,6 +132,13 @@ impl Model {
         self.num_values
     }
 
+    /// Number of scalar heads of a pass through an adapter or none.
+    pub fn num_values_of(&self, adapter: Option<usize>) -> usize {
+        adapter
+            .and_then(|i| self.adapters.get(i))
+            .map_or(self.num_values, Adapter::num_values)
+    }
+
     /// All tensors in the order of the flat buffers.
     pub fn table(&self) -> &[Parameter] {
         &self.layout.table
@@ -174,17 +181,17 @@ impl Model {
     }
 
     /// Adds an adapter of low rank and returns its number: `scale` B A on top of each of `modules`, which are names of
-    /// weights without `.weight`. A and B are zeros, the scalar heads copies of the model's.
+    /// weights without `.weight`. A and B are zeros; the scalar heads are copies of the model's where it has as many, else
+    /// zeros.
     ///
     /// # Errors
-    /// If the rank is 0 or a module is none.
+    /// If a number is out of its range or a module is none.
     pub fn add_adapter(
         &mut self,
-        rank: usize,
-        scale: f32,
+        options: AdapterOptions,
         modules: &[String],
     ) -> Result<usize, ModelError> {
-        let adapter = Adapter::new(&self.layout, &self.parameters, rank, scale, modules)?;
+        let adapter = Adapter::new(&self.layout, &self.parameters, options, modules)?;
         self.adapters.push(adapter);
         Ok(self.adapters.len() - 1)
     }
@@ -268,7 +275,11 @@ impl Model {
             base: &self.parameters,
             adapter: adapter
                 .and_then(|i| self.adapters.get(i))
-                .map(|adapter| (&adapter.places, &*adapter.parameters)),
+                .map(|adapter| AdapterWeights {
+                    places: &adapter.places,
+                    parameters: &adapter.parameters,
+                    dropout: None,
+                }),
         }
     }
 
@@ -310,11 +321,11 @@ impl Model {
         options: &ForwardOptions<'_>,
     ) -> Result<(Option<Context>, Outputs), ModelError> {
         let packing = Packing::new(batch, &self.config)?;
-        let head_options = HeadOptions::new(options, &packing, &self.config, self.num_values)?;
         let adapter = self.check_adapter(options.adapter)?;
+        let num_values = self.num_values_of(adapter);
+        let head_options = HeadOptions::new(options, &packing, &self.config, num_values)?;
         if options.train {
-            let context =
-                self.run_blocks(packing, head_options, adapter, self.dropout_seed(options));
+            let context = self.run_blocks(packing, head_options, adapter, Some(options.seed));
             let outputs = self.head(adapter).forward(
                 &self.arenas,
                 &context.packing,
@@ -392,15 +403,12 @@ impl Model {
             candidates: None,
             ..*options
         };
-        let head_options = HeadOptions::new(
-            &options_without_extras,
-            &packing,
-            &self.config,
-            self.num_values,
-        )?;
         let adapter = self.check_adapter(options.adapter)?;
-        let mut context =
-            self.run_blocks(packing, head_options, adapter, self.dropout_seed(options));
+        let num_values = self.num_values_of(adapter);
+        let head_options =
+            HeadOptions::new(&options_without_extras, &packing, &self.config, num_values)?;
+        let seed = options.train.then_some(options.seed);
+        let mut context = self.run_blocks(packing, head_options, adapter, seed);
         let mut d_x = self.arenas.lease(context.output.len());
         let (head, arenas, mut flat) = self.split(adapter);
         let loss = head.forward_backward(
@@ -483,10 +491,6 @@ impl Model {
                 Some(longer)
             }
         }
-    }
-
-    fn dropout_seed(&self, options: &ForwardOptions<'_>) -> Option<u64> {
-        (options.train && self.config.dropout > 0.0).then_some(options.seed)
     }
 
     fn pass<'a>(
@@ -696,7 +700,7 @@ impl Model {
             ModelError::check_length(
                 "d_values",
                 d_values.len(),
-                num_rows * self.num_values,
+                num_rows * context.head.num_values,
                 "the output values",
             )?;
         }
@@ -769,7 +773,11 @@ fn split_weights<'a>(
             let flat = gradients_or_zeros(gradients, parameters.len());
             let weights = Weights {
                 base,
-                adapter: Some((places, parameters)),
+                adapter: Some(AdapterWeights {
+                    places,
+                    parameters,
+                    dropout: None,
+                }),
             };
             (weights, Gradients::Adapter(places, flat))
         }
@@ -784,18 +792,26 @@ fn make_pass<'a>(
     rotary: Option<&'a RotaryTable>,
     dropout_seed: Option<u64>,
 ) -> Pass<'a> {
+    let dropout = |probability: f32| {
+        let seed = dropout_seed.filter(|_| probability > 0.0)?;
+        Some(Dropout {
+            probability,
+            seed,
+            sequence_ids: &packing.row_sequence_ids,
+            positions: &packing.positions,
+        })
+    };
+    let adapter = weights.adapter.map(|adapter| AdapterWeights {
+        dropout: dropout(adapter.places.dropout),
+        ..adapter
+    });
     Pass {
         compute,
-        weights,
+        weights: Weights { adapter, ..weights },
         rotary,
         offsets: &packing.offsets,
         sequence_ids: &packing.sequence_ids,
         positions: &packing.positions,
-        dropout: dropout_seed.map(|seed| Dropout {
-            probability: config.dropout as f32,
-            seed,
-            sequence_ids: &packing.row_sequence_ids,
-            positions: &packing.positions,
-        }),
+        dropout: dropout(config.dropout as f32),
     }
 }

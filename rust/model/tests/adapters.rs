@@ -3,7 +3,9 @@
 mod common;
 
 use common::{ALL, Data, Mixture, Random, all_configs, bits, dot, llama, model_with};
-use ingot_model::{ForwardOptions, Level, Model, ModelError, Optimizer, OptimizerOptions};
+use ingot_model::{
+    AdapterOptions, ForwardOptions, Level, Model, ModelError, Optimizer, OptimizerOptions,
+};
 
 /// Names of all linear layers of the blocks.
 fn modules(model: &Model) -> Vec<String> {
@@ -22,6 +24,14 @@ fn fill(model: &mut Model, adapter: usize, seed: u64) {
     }
 }
 
+fn low_rank(rank: usize, scale: f32) -> AdapterOptions {
+    AdapterOptions {
+        rank,
+        scale,
+        ..AdapterOptions::default()
+    }
+}
+
 fn through(adapter: Option<usize>) -> ForwardOptions<'static> {
     ForwardOptions {
         want: ALL,
@@ -32,12 +42,19 @@ fn through(adapter: Option<usize>) -> ForwardOptions<'static> {
 
 #[test]
 fn zeros_change_no_bit_and_gradients_are_slopes() {
-    for (name, config) in all_configs() {
+    let runs = all_configs()
+        .into_iter()
+        .flat_map(|(name, config)| [(name, config.clone(), 0.0), (name, config, 0.3)]);
+    for (name, config, dropout) in runs {
         let mut model = model_with(&config, None, 2, 2);
         let data = Data::new(&config, &[5, 1, 0, 9, 30], 1);
         let plain = model.forward(&data.batch(), &through(None)).unwrap().1;
         let all = modules(&model);
-        let adapter = model.add_adapter(3, 0.7, &all).unwrap();
+        let low_rank = AdapterOptions {
+            dropout,
+            ..low_rank(3, 0.7)
+        };
+        let adapter = model.add_adapter(low_rank, &all).unwrap();
         let options = through(Some(adapter));
         assert_eq!(
             model.forward(&data.batch(), &options).unwrap().1,
@@ -46,6 +63,13 @@ fn zeros_change_no_bit_and_gradients_are_slopes() {
         );
 
         fill(&mut model, adapter, 7);
+        let whole = ForwardOptions {
+            train: false,
+            ..options
+        };
+        let outputs = model.forward(&data.batch(), &options).unwrap().1;
+        let same = outputs == model.forward(&data.batch(), &whole).unwrap().1;
+        assert_eq!(same, dropout == 0.0, "{name}: dropout while training alone");
         let mixture = Mixture::new(
             data.tokens.len(),
             2,
@@ -86,12 +110,52 @@ fn zeros_change_no_bit_and_gradients_are_slopes() {
 }
 
 #[test]
+fn heads_of_its_own_are_as_many_as_it_wants() {
+    let config = llama();
+    let mut model = model_with(&config, None, 1, 1);
+    let all = modules(&model);
+    let own = AdapterOptions {
+        num_values: Some(3),
+        ..low_rank(2, 1.0)
+    };
+    let adapter = model.add_adapter(own, &all).unwrap();
+    let none = AdapterOptions {
+        num_values: Some(0),
+        ..own
+    };
+    let headless = model.add_adapter(none, &all).unwrap();
+    assert_eq!(model.num_values_of(None), 1);
+    assert_eq!(model.num_values_of(Some(adapter)), 3);
+    let data = Data::new(&config, &[5, 4], 1);
+    let values = |model: &Model, adapter| {
+        let outputs = model.forward(&data.batch(), &through(adapter)).unwrap().1;
+        outputs.values.unwrap()
+    };
+    let before = values(&model, None);
+    assert_eq!(values(&model, Some(adapter)), vec![0.0; 27]);
+    fill(&mut model, adapter, 5);
+    assert!(
+        values(&model, Some(adapter))
+            .iter()
+            .all(|&value| value != 0.0)
+    );
+    assert_eq!(values(&model, None), before);
+    let error = model.forward(&data.batch(), &through(Some(headless)));
+    assert!(
+        error
+            .unwrap_err()
+            .to_string()
+            .starts_with("values: was asked for")
+    );
+}
+
+#[test]
 fn a_sequence_gives_the_same_bits_alone_and_in_a_pack() {
     let config = llama();
     for level in Level::available() {
         let mut model = model_with(&config, Some(level), 2, 0);
         let all = modules(&model);
-        let adapter = model.add_adapter(5, 0.4, &all).unwrap();
+        let adapter = model.add_adapter(low_rank(5, 0.4), &all).unwrap();
         fill(&mut model, adapter, 3);
         let options = ForwardOptions {
             train: false,
@@ -112,8 +176,8 @@ fn a_step_changes_its_adapter_alone() {
     let config = llama();
     let mut model = model_with(&config, None, 1, 1);
     let all = modules(&model);
-    let first = model.add_adapter(2, 1.0, &all).unwrap();
-    let second = model.add_adapter(2, 1.0, &all[..3]).unwrap();
+    let first = model.add_adapter(low_rank(2, 1.0), &all).unwrap();
+    let second = model.add_adapter(low_rank(2, 1.0), &all[..3]).unwrap();
     fill(&mut model, first, 1);
     fill(&mut model, second, 2);
     let base = model.parameters().to_vec();
@@ -159,12 +223,20 @@ fn what_is_wrong_is_named() {
     let module = |name: &str| vec![name.to_owned()];
     let text = |error: Result<usize, ModelError>| error.unwrap_err().to_string();
     assert_eq!(
-        text(model.add_adapter(0, 1.0, &[])),
+        text(model.add_adapter(low_rank(0, 1.0), &[])),
         "rank: must be at least 1, got 0"
     );
     assert_eq!(
-        text(model.add_adapter(1, 1.0, &module("lm_head"))),
+        text(model.add_adapter(low_rank(1, 1.0), &module("lm_head"))),
         "modules: lm_head is no linear layer of a block of this model"
+    );
+    let whole = AdapterOptions {
+        dropout: 1.0,
+        ..low_rank(1, 1.0)
+    };
+    assert_eq!(
+        text(model.add_adapter(whole, &[])),
+        "dropout: must be at least 0 and below 1, got 1"
     );
     let data = Data::new(&config, &[3], 1);
     let options = ForwardOptions {

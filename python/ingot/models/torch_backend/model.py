@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ingot.configs import ModelConfig
 from ingot.errors import ConfigError
-from ingot.models.adapters import Adapted, Adapter, adapter_table
+from ingot.models.adapters import Adapted, Adapter, AdapterSettings, adapter_table
 from ingot.models.base import (
     BoolArray,
     Candidates,
@@ -146,7 +146,7 @@ class TorchModel(Adapted):
         fork._sharers.add(fork)
         fork._begin()
         for name, adapter in self._adapters.items():
-            own = fork._make_adapter(name, adapter.rank, adapter.alpha, adapter.modules)
+            own = fork._make_adapter(name, adapter.settings)
             own._write(adapter.state())
             fork._adapters[name] = own
         fork._active, fork._merged, fork._head_deltas = self._active, self._merged, self._head_deltas
@@ -169,14 +169,15 @@ class TorchModel(Adapted):
     def _torch_adapters(self) -> list[TorchAdapter]:
         return [adapter for adapter in self._adapters.values() if isinstance(adapter, TorchAdapter)]
 
-    def _make_adapter(self, name: str, rank: int, alpha: float, modules: Sequence[str]) -> TorchAdapter:
-        table = adapter_table(self._config, self._num_values, rank, modules)
+    def _make_adapter(self, name: str, settings: AdapterSettings) -> TorchAdapter:
+        table = adapter_table(self._config, settings.num_values, settings.rank, settings.modules)
         size = table[-1].offset + table[-1].size
         weights = ParameterSet(table, torch.zeros(size, dtype=self._dtype, device=self._device))
-        with torch.no_grad():
-            for key in (key for key in weights.tensors if key.startswith("score.")):
-                weights.tensors[key].copy_(self._own_set.tensors[key])
-        return TorchAdapter(weights, name, rank, alpha, modules)
+        if settings.num_values == self._num_values:
+            with torch.no_grad():
+                for key in (key for key in weights.tensors if key.startswith("score.")):
+                    weights.tensors[key].copy_(self._own_set.tensors[key])
+        return TorchAdapter(weights, name, settings)
 
     @alone
     def _add_to_weights(self, deltas: Iterator[tuple[str, FloatArray]]) -> None:
@@ -194,7 +195,7 @@ class TorchModel(Adapted):
         assert isinstance(chosen, TorchAdapter)
         # The weights below count as constants.
         tensors = {name: tensor.detach() for name, tensor in self._own_set.tensors.items()} | chosen.weights.tensors
-        return chosen.weights, Network(self._config, tensors, self._dtype, chosen.scale)
+        return chosen.weights, Network(self._config, tensors, self._dtype, chosen.settings)
 
     def _trained_set(self) -> ParameterSet:
         """What an optimizer made now changes."""
@@ -219,8 +220,7 @@ class TorchModel(Adapted):
         return torch.get_num_threads()
 
     @property
-    def num_values(self) -> int:
-        """Scalar heads."""
+    def _own_values(self) -> int:
         return self._num_values
 
     @property
@@ -267,7 +267,7 @@ class TorchModel(Adapted):
         adapter: str | None = None,
     ) -> tuple[TorchContext | None, Outputs]:
         """See :meth:`ingot.models.base.Model.forward`."""
-        wanted = check_want(want, self._num_values, candidates)
+        wanted = check_want(want, self._values_of(self._chosen(adapter)), candidates)
         check_seed(seed)
         packing = Packing.of(tokens, offsets, targets, sequence_ids, self._config)
         banned = check_banned(banned_ids, packing.targets, self._config.vocab_size)
@@ -429,6 +429,10 @@ class TorchModel(Adapted):
         """Copies of all weights by Hugging Face name."""
         return {name: to_numpy(tensor) for name, tensor in self._own_set.tensors.items()}
 
+    def snapshot(self) -> Mapping[str, FloatArray]:
+        """:meth:`state`."""
+        return self.state()
+
     @alone
     def load_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """The inverse of :meth:`state`; missing, surplus or mis-shaped weights are a ``CheckpointError`` that names them."""
@@ -440,8 +444,7 @@ class TorchModel(Adapted):
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``, the active adapter merged: a directory that transformers opens."""
-        merged = self._merged_weights(self.state())
-        state = {name: array.astype(np.float32, copy=False) for name, array in merged.items()}
+        state = {name: array.astype(np.float32, copy=False) for name, array in self.merged_state().items()}
         write_folder(folder, self._config, state)
 
     # -- inside --
@@ -450,6 +453,8 @@ class TorchModel(Adapted):
         dropout = None
         if train and self._config.dropout > 0.0:
             dropout = Dropout(self._config.dropout, seed, packing, self._device)
+        if train and network.adapter is not None and network.adapter.dropout > 0.0:
+            network = network.dropping(Dropout(network.adapter.dropout, seed, packing, self._device))
         return network.residual(TokenBatch.of(packing, self._device), dropout)
 
     def _head_outputs(
@@ -507,9 +512,9 @@ class TorchModel(Adapted):
 
     def _values(self, network: Network, x: Tensor, rows: Tensor) -> Tensor:
         values = network.values(network.final_norm(x[rows]))
-        zeros = torch.zeros(len(x), self._num_values, dtype=self._dtype, device=self._device)
+        zeros = torch.zeros(len(x), values.shape[-1], dtype=self._dtype, device=self._device)
         values = zeros.index_put((rows,), values)
-        return values[:, 0] if self._num_values == 1 else values
+        return values[:, 0] if values.shape[-1] == 1 else values
 
     def _target_rows(self, packing: Packing) -> tuple[Tensor, Tensor]:
         """Rows that have a target, and the targets; i64[R] each."""

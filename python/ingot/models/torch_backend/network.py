@@ -6,6 +6,7 @@ rows, n sequences of one length T.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ingot.configs import ModelConfig
+from ingot.models.adapters import AdapterSettings, linear_modules
 from ingot.models.hf import family_of
 from ingot.models.packing import Packing
-from ingot.models.randomness import SITE_ATTENTION_RESIDUAL, SITE_EMBEDDING, SITE_MLP_RESIDUAL
+from ingot.models.randomness import SITE_ADAPTER, SITE_ATTENTION_RESIDUAL, SITE_EMBEDDING, SITE_MLP_RESIDUAL
 from ingot.models.torch_backend.dropout import Dropout
 
 
@@ -55,16 +57,27 @@ class Network:
     """The forward computation over named tensors: stateless, differentiable."""
 
     def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, adapter_scale: float = 0.0
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        adapter: AdapterSettings | None = None,
     ) -> None:
-        """With ``adapter_scale``, ``MODULE.lora_A.weight`` and ``MODULE.lora_B.weight`` among the tensors count, times that."""
+        """With ``adapter``, ``MODULE.lora_A.weight`` and ``MODULE.lora_B.weight`` among the tensors count."""
         self.config = config
         self._tensors = tensors
-        self._adapter_scale = adapter_scale
+        self.adapter = adapter
+        self._adapter_dropout: Dropout | None = None
         self._dtype = dtype
         self._is_gpt2 = family_of(config) == "gpt2"
         self._names = _GPT2_NAMES if self._is_gpt2 else _LLAMA_NAMES
         self._frequencies = _rotary_frequencies(config) if config.position == "rotary" else None
+
+    def dropping(self, dropout: Dropout) -> Network:
+        """The same computation with dropout at the entrance of the adapter."""
+        network = copy.copy(self)
+        network._adapter_dropout = dropout
+        return network
 
     def residual(self, batch: TokenBatch, dropout: Dropout | None) -> Tensor:
         """The residual stream after the last block, [N, d]."""
@@ -182,9 +195,13 @@ class Network:
         weight = self._tensors[name + ".weight"]
         y = F.linear(x, weight.T if self._is_gpt2 else weight, self._tensors.get(name + ".bias"))
         inner = self._tensors.get(name + ".lora_A.weight")
-        if inner is None:
+        if inner is None or self.adapter is None:
             return y
-        return y + F.linear(self._adapter_scale * F.linear(x, inner), self._tensors[name + ".lora_B.weight"])
+        if self._adapter_dropout is not None:
+            names = list(linear_modules(self.config))
+            place = names.index(name) % (len(names) // self.config.num_hidden_layers)
+            x = self._adapter_dropout(x, layer, SITE_ADAPTER + place)
+        return y + F.linear(self.adapter.scale * F.linear(x, inner), self._tensors[name + ".lora_B.weight"])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         if self.config.norm == "rms":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ingot.models.adapters import Adapter
+from ingot.models.adapters import Adapter, AdapterSettings
 from ingot.models.base import FloatArray
 from ingot.models.parameters import Parameter
 from ingot.models.torch_backend.tensors import as_array, frozen
@@ -67,8 +67,8 @@ def part_of(flat: Tensor, parameter: Parameter) -> Tensor:
 class TorchAdapter(Adapter):
     """An adapter of a torch model. ``parameters`` and ``gradients`` are read-only copies."""
 
-    def __init__(self, weights: ParameterSet, name: str, rank: int, alpha: float, modules: Sequence[str]) -> None:
-        super().__init__(name, rank, alpha, modules)
+    def __init__(self, weights: ParameterSet, name: str, settings: AdapterSettings) -> None:
+        super().__init__(name, settings)
         self.weights = weights
         self.changes = 0
         """Writes by :meth:`load_state` so far."""

@@ -254,7 +254,7 @@ impl Block {
         out: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let (compute, weights) = (pass.compute, pass.weights);
+        let compute = pass.compute;
         let num_rows = pass.positions.len();
         let d = self.attention_norm.size;
         let (qkv, query, up, rotated) = (
@@ -267,7 +267,7 @@ impl Block {
             let (start, end) = (rows.start, rows.end);
             self.attention_input(
                 compute,
-                weights,
+                pass.weights.rows(&rows),
                 pass.rotary,
                 &pass.positions[rows],
                 &kept.x[start * d..end * d],
@@ -288,6 +288,7 @@ impl Block {
         );
         for rows in chunks(num_rows) {
             let (start, end, count) = (rows.start, rows.end, rows.len());
+            let weights = pass.weights.rows(&rows);
             let attended = &kept.attended[start * query..end * query];
             let middle = &mut kept.middle[start * d..end * d];
             let dropout = pass.dropout_rows(&rows);
@@ -451,7 +452,7 @@ impl Block {
         d_x: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let (compute, weights) = (pass.compute, pass.weights);
+        let (compute, weights) = (pass.compute, pass.weights.rows(rows));
         let (count, d, width, up) = (
             rows.len(),
             self.mlp_norm.size,
@@ -536,7 +537,7 @@ impl Block {
         d_attended: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let (compute, weights) = (pass.compute, pass.weights);
+        let (compute, weights) = (pass.compute, pass.weights.rows(rows));
         let (count, d, query) = (
             rows.len(),
             self.attention_norm.size,
@@ -570,7 +571,7 @@ impl Block {
         let d_attended = MatMut::new(d_attended, count, query);
         self.attention
             .output
-            .backward_input(compute, pass.weights, d_branch, d_attended, false);
+            .backward_input(compute, weights, d_branch, d_attended, false);
     }
 
     fn backward_attend(
@@ -618,7 +619,7 @@ impl Block {
         d_x: &mut [f32],
         scratch: &mut BlockScratch,
     ) {
-        let (compute, weights) = (pass.compute, pass.weights);
+        let (compute, weights) = (pass.compute, pass.weights.rows(rows));
         let (count, d, width) = (
             rows.len(),
             self.attention_norm.size,

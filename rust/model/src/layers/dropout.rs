@@ -47,6 +47,23 @@ impl<'a> Dropout<'a> {
         compute.kernels.dropout(key, self.probability, x);
     }
 
+    /// x = dropout(x), `[R, width]`.
+    pub(crate) fn apply(
+        &self,
+        compute: &Compute,
+        layer: usize,
+        site: u32,
+        width: usize,
+        x: &mut [f32],
+    ) {
+        let items = x.chunks_mut(ROWS_PER_ITEM * width).enumerate().collect();
+        compute.pool.for_each(items, |(i, x): (usize, &mut [f32])| {
+            for (row, x) in x.chunks_exact_mut(width).enumerate() {
+                self.apply_row(compute, layer, site, i * ROWS_PER_ITEM + row, x);
+            }
+        });
+    }
+
     /// y += dropout(x); both `[R, width]`. x is overwritten.
     pub(crate) fn add(
         &self,

@@ -47,8 +47,8 @@ impl Linear {
             bias,
             accumulate,
         );
-        if let (Some((places, adapter)), Some(index)) = (weights.adapter, self.index) {
-            places.forward(compute, adapter, index, x, y);
+        if let (Some(adapter), Some(index)) = (weights.adapter, self.index) {
+            adapter.places.forward(compute, adapter, index, x, y);
         }
     }
 
@@ -65,7 +65,8 @@ impl Linear {
         compute
             .kernels
             .gemm_nn(&compute.pool, d_y, weight, d_x.reborrow(), accumulate);
-        if let (Some((places, adapter)), Some(index)) = (weights.adapter, self.index) {
+        if let (Some(adapter), Some(index)) = (weights.adapter, self.index) {
+            let places = adapter.places;
             places.backward_input(compute, adapter, index, d_y, d_x);
         }
     }
@@ -82,7 +83,7 @@ impl Linear {
         let gradients = match gradients {
             Gradients::Base(gradients) => gradients,
             Gradients::Adapter(places, gradients) => {
-                if let (Some((_, adapter)), Some(index)) = (weights.adapter, self.index) {
+                if let (Some(adapter), Some(index)) = (weights.adapter, self.index) {
                     places.backward_weight(compute, adapter, gradients, index, d_y, x);
                 }
                 return;
