@@ -253,7 +253,7 @@ def test_imported_rows_pass_the_check(tmp_path, capsys):
     assert run(capsys, "data", "check", target)[0] == 0
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["hh.jsonl.gz", "pairs.jsonl"]
     again = run(capsys, "data", "import", "hh", source, "--output", target)
-    assert again == (1, "", f"ingot: --output {target}: exists already; give another name, or remove it\n")
+    assert again == (2, "", f"ingot: --output {target}: exists already; give another name, or remove it\n")
     _, out, _ = run(capsys, "data", "import", "hh", source, "--output", tmp_path / "b.jsonl", "--json")
     assert json.loads(out) == {
         "output": str(tmp_path / "b.jsonl"),
