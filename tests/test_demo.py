@@ -20,7 +20,7 @@ from ingot.demo import DemoConfig, run
 from ingot.demo.course import BUDGETS_S, TARGETS
 from ingot.demo.measure import Sample, read, write
 from ingot.demo.page import draw_page
-from ingot.demo.pretraining import EXERCISES, num_documents, num_exercises
+from ingot.demo.pretraining import EXERCISES, interleaved, num_documents, num_exercises
 from ingot.demo.requests import conversation, demonstrations, merit, prompts, reward
 from ingot.demo.story import STAGES as STORY
 from ingot.training.trainer import Trainer
@@ -206,11 +206,17 @@ def test_the_long_recipe_reads_its_exercises_first_and_runs_out_of_nothing(train
     lengths = [len(tokenizer.encode_ordinary(text)) + 1 for text in world.exercises(0, 2000)]
     assert max(lengths) <= settings.max_length
     read_at_most = settings.max_steps * settings.per_device_train_batch_size * settings.max_length
-    exercises = num_exercises(settings, EXERCISES["world-long"]) * np.mean(lengths)
-    assert exercises == pytest.approx(EXERCISES["world-long"] * read_at_most, rel=0.05)
+    exercises = num_exercises(settings, EXERCISES["world-long"].before) * np.mean(lengths)
+    assert exercises == pytest.approx(EXERCISES["world-long"].before * read_at_most, rel=0.05)
     documents = [len(tokenizer.encode_ordinary(document.text)) + 1 for document in world.documents(0, "train", 2000)]
     # Else the second pass would begin with the exercises again.
     assert exercises + num_documents(settings) * np.mean(documents) > read_at_most
+
+
+def test_an_exercise_follows_every_few_stories():
+    assert interleaved(list("abcdefgh"), ["1", "2"], 3) == list("abc1def2gh")
+    assert interleaved(list("abcd"), ["1", "2"], 1) == list("a1b2cd")
+    assert interleaved([], ["1"], 2) == []
 
 
 @pytest.mark.slow

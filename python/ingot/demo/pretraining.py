@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,18 @@ TARGETS: dict[str, dict[str, tuple[str, float]]] = {
 }
 """What a whole run of a recipe reaches; ``follows_request`` is that of the weakest of who, where and ending."""
 
-EXERCISES = {"world": 0.0, "world-long": 0.2}
-"""Share of a recipe's tokens that are exercises, read before the first story."""
+
+@dataclasses.dataclass(frozen=True)
+class Exercises:
+    """How much a recipe practises keeping track of who is where (:func:`ingot.world.exercises`)."""
+
+    before: float
+    """Share of its tokens that are exercises read before the first story."""
+    every: int
+    """From then on one exercise follows so many stories: what is not asked for any more is soon forgotten."""
+
+
+EXERCISES = {"world-long": Exercises(before=0.35, every=3)}
 
 _ASKED = ("who", "where", "ending")
 _MAX_DOCUMENTS = 250_000
@@ -79,12 +90,18 @@ def pretrain_stage(config: DemoConfig, console: Console) -> dict[str, Any]:
     )
     training = list(world.documents(config.seed, "train", num_documents(settings)))
     held_out = list(world.documents(config.seed, "held_out", config.num_samples))
-    exercises = list(world.exercises(config.seed, num_exercises(settings, EXERCISES[config.recipe])))
-    if exercises:
+    texts = [document.text for document in training]
+    practice = EXERCISES.get(config.recipe)
+    num_first = 0
+    if practice is not None:
+        num_first = num_exercises(settings, practice.before)
+        exercises = list(world.exercises(config.seed, num_first + len(texts) // practice.every))
+        texts = [*exercises[:num_first], *interleaved(texts, exercises[num_first:], practice.every)]
         console.print(
-            f"First come {len(exercises)} exercises in keeping track of who is where: what they teach, the stories take for granted.\n"
+            f"First come {num_first} exercises in keeping track of who is where, then one after every {practice.every} stories: what they "
+            "teach, the stories take for granted.\n"
         )
-    corpus = Corpus.from_documents([*exercises, *(document.text for document in training)])
+    corpus = Corpus.from_documents(texts)
     if config.dry_run:
         pretrain(settings, corpus, dry_run=True, quiet=config.json)
         return {}
@@ -114,7 +131,7 @@ def pretrain_stage(config: DemoConfig, console: Console) -> dict[str, Any]:
         "recipe": config.recipe,
         "seed": config.seed,
         "steps": settings.max_steps,
-        "exercises": len(exercises),
+        "exercises": num_first,
         "tokens": look.tokens,
         "num_parameters": model.num_parameters,
         "elapsed_s": look.trained_s,
@@ -143,6 +160,16 @@ def share_of(config: DemoConfig) -> float:
 def num_documents(settings: PretrainConfig) -> int:
     """Enough for a run that sees no document twice, up to a limit beyond which repetition does no harm."""
     return min(_MAX_DOCUMENTS, max(_MIN_DOCUMENTS, _most_tokens(settings) // _LEAST_TOKENS_PER_DOCUMENT))
+
+
+def interleaved(stories: Sequence[str], exercises: Sequence[str], every: int) -> list[str]:
+    """All of both in their order: after every ``every`` stories an exercise, as long as there are some."""
+    texts: list[str] = []
+    for number, story in enumerate(stories):
+        texts.append(story)
+        if number % every == every - 1 and number // every < len(exercises):
+            texts.append(exercises[number // every])
+    return texts
 
 
 def num_exercises(settings: PretrainConfig, share: float) -> int:
