@@ -129,7 +129,7 @@ class Weighs(Callback):
         self.after: dict[int, Weights] = {}
 
     def on_log(self, run: Any, metrics: dict[str, Any]) -> None:
-        self.after[metrics["step"]] = run.model.merged_state()
+        self.after[metrics["step"]] = dict(run.model.merged_state())
 
 
 @pytest.mark.parametrize(("inputs", "phase"), PHASES, indirect=["inputs"])
