@@ -512,9 +512,9 @@ def test_dialogues_are_answered_as_messages(place):
         return [float(len(each[0]["content"])) for each in completions]
 
     asked = [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(30)]
-    result = ingot.grpo(
-        config_at(place, model=str(place / "sft"), reward=(), prompts=()), prompts=asked, rewards=[look], quiet=True
-    )
+    # Two steps of fine-tuning teach nothing, and the verdict says so.
+    config = config_at(place, model=str(place / "sft"), reward=(), prompts=(), force=True)
+    result = ingot.grpo(config, prompts=asked, rewards=[look], quiet=True)
     prompt, completion, reference = seen[0]
     assert prompt[0]["role"] == "user"
     assert completion[0]["role"] == "assistant"

@@ -542,7 +542,7 @@ def test_the_command_line(root, tmp_path, capsys):
     run = str(tmp_path / "ppo")
     arguments = ["ppo", "--model", str(root / "base"), "--prompts", str(root / "prompts.jsonl"), "--output", run]
     arguments += ["--response-length", "4", "--per-device-train-batch-size", "4", "--threads", "1"]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "ingot: no reward was given" in capsys.readouterr().err
     arguments += [
         "--reward-model",

@@ -409,9 +409,9 @@ def encoded(monkeypatch) -> list[Any]:
     """The rows that are encoded."""
     rows: list[Any] = []
 
-    def counted(row, encoder):
+    def counted(row, encoder, **settings):
         rows.append(row)
-        return encode_row(row, encoder)
+        return encode_row(row, encoder, **settings)
 
     monkeypatch.setattr(ingot.data.examples, "encode_row", counted)
     return rows
