@@ -206,7 +206,8 @@ def test_no_position_in_the_story_gives_the_answer(held_out, entity, position):
 # Exercises
 
 _SAYS = re.compile(
-    r"(?:The )?(?P<was>\w+) was in the (?P<first>\w+)\."
+    r"One (?P<time>\w+) (?P<who>\w+) was in the (?P<begins>\w+) with a (?P<with>\w+)\."
+    r"|(?:The )?(?P<was>\w+) was in the (?P<first>\w+)\."
     r"|(?P<goes>[A-Z]\w+) (?:went|ran|walked|hurried) to the (?P<to>\w+)\."
     r"|Someone (?:took|moved|carried|brought) the (?P<thing>\w+) to the (?P<there>\w+)\."
     r"|(?:Where is (?:the )?(?P<asked>\w+) now\? )?(?:The )?(?P<now>\w+) is in the (?P<place>\w+)\."
@@ -216,13 +217,20 @@ _SAYS = re.compile(
 def test_exercises_say_where_everything_is_and_nothing_else():
     """Read back sentence by sentence, each reminder and answer is what the sentences before it say."""
     kinds: Counter[str] = Counter()
+    like_stories = 0
     for text in world.exercises(2, 1500):
         where: dict[str, str] = {}
-        end = 0
-        for said in _SAYS.finditer(text):
+        end = events = 0
+        told, *closing = text.split("\n")
+        for said in _SAYS.finditer(told):
             assert said.start() - end == (end > 0), text
             end = said.end()
-            if said["was"]:
+            if said["who"]:
+                assert said.start() == 0
+                assert world.split_of(said["who"], said["with"], said["begins"]) == "train"
+                where = {said["who"]: said["begins"], said["with"]: said["begins"]}
+                like_stories += 1
+            elif said["was"]:
                 assert said["was"] not in where
                 where[said["was"]] = said["first"]
             elif said["goes"] or said["thing"]:
@@ -234,11 +242,22 @@ def test_exercises_say_where_everything_is_and_nothing_else():
                 assert said["asked"] in (None, said["now"])
                 assert where[said["now"]] == said["place"]
                 kinds["question" if said["asked"] else "reminder"] += 1
-        assert end == len(text)
-        assert 2 <= len(where) <= 4
+            events += not (said["who"] or said["was"])
+        assert end == len(told)
         assert set(where) <= set(PEOPLE) | set(THINGS)
+        if closing:
+            assert text.startswith("One ")
+            answers = [_SAYS.fullmatch(line) for line in closing]
+            assert {said["now"]: said["place"] for said in answers} == where
+            assert all(said["asked"] == said["now"] for said in answers)
+            assert (len(closing), len(where)) == (3, 3)
+            assert 4 <= events <= 11
+        else:
+            assert not text.startswith("One ")
+            assert 2 <= len(where) <= 4
+            assert 8 <= events <= 15
+    assert like_stories / 1500 == pytest.approx(1 / 3, abs=0.04)
     total = sum(kinds.values())
-    assert 8 <= total / 1500 <= 15
     for kind, share in {"move": 0.3, "question": 0.2, "reminder": 0.5}.items():
         assert kinds[kind] / total == pytest.approx(share, abs=0.02)
 
@@ -249,7 +268,7 @@ def test_an_exercise_depends_on_its_number_alone():
     assert len(set(some)) == 600
     assert list(world.exercises(5, 600)) != some
     # The same on every machine and Python.
-    assert hashlib.sha256("\n".join(some).encode()).hexdigest().startswith("a80a5d1517cdbea4")
+    assert hashlib.sha256("\n".join(some).encode()).hexdigest().startswith("4849461b9cb62a5a")
 
 
 # Preference
