@@ -301,8 +301,6 @@ class _Course:
             num_ppo_epochs=2,
             num_mini_batches=2,
             learning_rate=5e-4,
-            # With steps of full length from the second update on, the third moves the policy further than is healthy.
-            warmup_ratio=0.1,
             # The reward model knows already what is good, and so in the middle of a story what is to be expected.
             critic="reward_model",
             critic_learning_rate=5e-4,
