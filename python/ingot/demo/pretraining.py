@@ -56,16 +56,16 @@ class Exercises:
     before: float
     """Share of its tokens that are exercises read before the first story."""
     every: int
-    """From then on one exercise follows so many stories: what is not asked for any more is soon forgotten."""
+    """From then on one that is like a story follows so many stories: what is not asked for any more is soon forgotten."""
 
 
-EXERCISES = {"world-long": Exercises(before=0.4, every=3)}
+EXERCISES = {"world-long": Exercises(before=0.35, every=3)}
 
 _ASKED = ("who", "where", "ending")
 _MAX_DOCUMENTS = 250_000
 _MIN_DOCUMENTS = 2000
 _LEAST_TOKENS_PER_DOCUMENT = 85
-_TOKENS_PER_EXERCISE = 108
+_TOKENS_PER_EXERCISE = 106
 _LOOK_DOCUMENTS = 100
 """Size of a look on the way."""
 _SHOWN = 4
@@ -95,8 +95,8 @@ def pretrain_stage(config: DemoConfig, console: Console) -> dict[str, Any]:
     num_first = 0
     if practice is not None:
         num_first = num_exercises(settings, practice.before)
-        exercises = list(world.exercises(config.seed, num_first + len(texts) // practice.every))
-        texts = [*exercises[:num_first], *interleaved(texts, exercises[num_first:], practice.every)]
+        told = list(world.exercises(config.seed, len(texts) // practice.every, like_stories=True))
+        texts = [*world.exercises(config.seed, num_first), *interleaved(texts, told, practice.every)]
         console.print(
             f"First come {num_first} exercises in keeping track of who is where, then one after every {practice.every} stories: what they "
             "teach, the stories take for granted.\n"

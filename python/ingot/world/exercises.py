@@ -4,8 +4,8 @@ In a document three words of a hundred have to be looked up, and chance decides 
 out how looking up is done. In an exercise every seventh word has to be looked up. Networks that begin with exercises learn the
 documents themselves several times sooner (docs/experiments.md has the figures).
 
-An exercise has no first line and no end. One in three opens as a story does, with a combination that is not held out, and asks as a document
-does: it shows that stories are to be read in the same way.
+An exercise has no first line and no end. One that is like a story opens as stories do, with a combination that is not held out, and asks as
+documents do: it shows that stories are to be read in the same way.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from ingot.world.grammar import ENTITIES, KEY_MASK, Choices, Entity, combination
 from ingot.world.questions import Question, ask
 from ingot.world.vocabulary import PEOPLE, PERSON_VERBS, PLACES, THING_VERBS, THINGS, TIMES
 
-_STREAM = 5
-# One exercise takes at most 75.
+_STREAMS = {False: 5, True: 6}
+# One exercise takes at most 74.
 _WORDS_PER_EXERCISE = 80
 _CAST_SIZES = (2, 3, 4)
 _LEAST_EVENTS, _EVENT_COUNTS = 8, 8
 
 
-def exercises(seed: int, count: int | None = None, *, start: int = 0) -> Iterator[str]:
+def exercises(seed: int, count: int | None = None, *, start: int = 0, like_stories: bool = False) -> Iterator[str]:
     """Exercises number ``start``, ``start + 1``, ... of this seed; without ``count``, endlessly.
 
     Two to four people and things, each somewhere; then 8 to 15 sentences: someone or something moves (3 in 10), a question with its
-    answer (2 in 10), or a reminder of where one of them is now. One exercise in three has two people and a thing, begins with a story's first two
-    sentences, goes on for 4 to 11, and ends with a line for each question. Exercise i depends on (seed, i) alone.
+    answer (2 in 10), or a reminder of where one of them is now. One that is like a story has two people and a thing, begins with a story's
+    first two sentences, goes on for 4 to 11, and ends with a line for each question. Exercise i depends on (seed, kind, i) alone.
     """
-    for words in numbered_words([seed & KEY_MASK, _STREAM], _WORDS_PER_EXERCISE, count, start):
-        choices = Choices(words)
-        yield _like_a_story(choices) if choices.below(3) == 0 else _sentences_alone(choices)
+    write = _like_a_story if like_stories else _sentences_alone
+    for words in numbered_words([seed & KEY_MASK, _STREAMS[like_stories]], _WORDS_PER_EXERCISE, count, start):
+        yield write(Choices(words))
 
 
 _Cast = list[tuple[Entity, str]]
