@@ -206,30 +206,23 @@ def test_no_position_in_the_story_gives_the_answer(held_out, entity, position):
 # Exercises
 
 _SAYS = re.compile(
-    r"One (?P<time>\w+) (?P<who>\w+) was in the (?P<begins>\w+) with a (?P<with>\w+)\."
-    r"|(?:The )?(?P<was>\w+) was in the (?P<first>\w+)\."
+    r"(?:The )?(?P<was>\w+) was in the (?P<first>\w+)\."
     r"|(?P<goes>[A-Z]\w+) (?:went|ran|walked|hurried) to the (?P<to>\w+)\."
     r"|Someone (?:took|moved|carried|brought) the (?P<thing>\w+) to the (?P<there>\w+)\."
     r"|(?:Where is (?:the )?(?P<asked>\w+) now\? )?(?:The )?(?P<now>\w+) is in the (?P<place>\w+)\."
 )
 
 
-@pytest.mark.parametrize("like_stories", [False, True])
-def test_exercises_say_where_everything_is_and_nothing_else(like_stories):
+def test_exercises_say_where_everything_is_and_nothing_else():
     """Read back sentence by sentence, each reminder and answer is what the sentences before it say."""
     kinds: Counter[str] = Counter()
-    for text in world.exercises(2, 1500, like_stories=like_stories):
+    for text in world.exercises(2, 1500):
         where: dict[str, str] = {}
-        end = events = 0
-        told, *closing = text.split("\n")
-        for said in _SAYS.finditer(told):
+        end = 0
+        for said in _SAYS.finditer(text):
             assert said.start() - end == (end > 0), text
             end = said.end()
-            if said["who"]:
-                assert said.start() == 0
-                assert world.split_of(said["who"], said["with"], said["begins"]) == "train"
-                where = {said["who"]: said["begins"], said["with"]: said["begins"]}
-            elif said["was"]:
+            if said["was"]:
                 assert said["was"] not in where
                 where[said["was"]] = said["first"]
             elif said["goes"] or said["thing"]:
@@ -241,33 +234,22 @@ def test_exercises_say_where_everything_is_and_nothing_else(like_stories):
                 assert said["asked"] in (None, said["now"])
                 assert where[said["now"]] == said["place"]
                 kinds["question" if said["asked"] else "reminder"] += 1
-            events += not (said["who"] or said["was"])
-        assert end == len(told)
+        assert end == len(text)
+        assert 2 <= len(where) <= 4
         assert set(where) <= set(PEOPLE) | set(THINGS)
-        assert text.startswith("One ") == like_stories
-        if like_stories:
-            answers = [_SAYS.fullmatch(line) for line in closing]
-            assert {said["now"]: said["place"] for said in answers} == where
-            assert all(said["asked"] == said["now"] for said in answers)
-            assert (len(closing), len(where)) == (3, 3)
-            assert 4 <= events <= 11
-        else:
-            assert closing == []
-            assert 2 <= len(where) <= 4
-            assert 8 <= events <= 15
     total = sum(kinds.values())
+    assert 8 <= total / 1500 <= 15
     for kind, share in {"move": 0.3, "question": 0.2, "reminder": 0.5}.items():
         assert kinds[kind] / total == pytest.approx(share, abs=0.02)
 
 
-@pytest.mark.parametrize(("like_stories", "digest"), [(False, "a80a5d1517cdbea4"), (True, "f7d125da61a46a52")])
-def test_an_exercise_depends_on_its_number_alone(like_stories, digest):
-    some = list(world.exercises(4, 600, like_stories=like_stories))
-    assert list(world.exercises(4, 3, start=511, like_stories=like_stories)) == some[511:514]
+def test_an_exercise_depends_on_its_number_alone():
+    some = list(world.exercises(4, 600))
+    assert list(world.exercises(4, 3, start=511)) == some[511:514]
     assert len(set(some)) == 600
-    assert list(world.exercises(5, 600, like_stories=like_stories)) != some
+    assert list(world.exercises(5, 600)) != some
     # The same on every machine and Python.
-    assert hashlib.sha256("\n".join(some).encode()).hexdigest().startswith(digest)
+    assert hashlib.sha256("\n".join(some).encode()).hexdigest().startswith("a80a5d1517cdbea4")
 
 
 # Preference

@@ -56,7 +56,7 @@ class Exercises:
     before: float
     """Share of its tokens that are exercises read before the first story."""
     every: int
-    """From then on one that is like a story follows so many stories: what is not asked for any more is soon forgotten."""
+    """From then on one exercise follows so many stories: what is not asked for any more is soon forgotten."""
 
 
 EXERCISES = {"world-long": Exercises(before=0.35, every=3)}
@@ -95,8 +95,8 @@ def pretrain_stage(config: DemoConfig, console: Console) -> dict[str, Any]:
     num_first = 0
     if practice is not None:
         num_first = num_exercises(settings, practice.before)
-        told = list(world.exercises(config.seed, len(texts) // practice.every, like_stories=True))
-        texts = [*world.exercises(config.seed, num_first), *interleaved(texts, told, practice.every)]
+        exercises = list(world.exercises(config.seed, num_first + len(texts) // practice.every))
+        texts = [*exercises[:num_first], *interleaved(texts, exercises[num_first:], practice.every)]
         console.print(
             f"First come {num_first} exercises in keeping track of who is where, then one after every {practice.every} stories: what they "
             "teach, the stories take for granted.\n"
