@@ -149,13 +149,13 @@ def _make_reference(
 def _start(config: DPOConfig, preferences: Preferences, folder: str) -> ModelProtocol:
     """The model in a folder without dropout, for policy and reference are compared as they are and not as random parts of them; with
     room for the template's tokens where it lacks them."""
-    loaded = load_model(folder, **config.place)
+    loaded = load_model(folder, dropout=0.0, **config.place)
     num_known, num_ids = Tokenizer.from_file(folder).vocab_size, preferences.encoder.tokenizer.vocab_size
     if num_known > loaded.config.vocab_size:
         raise ConfigError(
             f"{folder}: the tokenizer has {num_known} tokens but the model only {loaded.config.vocab_size}: they do not belong together"
         )
-    shape = dataclasses.replace(loaded.config, vocab_size=max(loaded.config.vocab_size, num_ids), dropout=0.0)
+    shape = dataclasses.replace(loaded.config, vocab_size=max(loaded.config.vocab_size, num_ids))
     if loaded.config == shape and num_ids == num_known:
         return loaded
     model = Model(shape, seed=config.seed, **config.place)

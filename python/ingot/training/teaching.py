@@ -61,17 +61,7 @@ def make_student(config: DistillConfig, lessons: Lessons, known: ModelConfig | N
         return Model(known, seed=config.seed, **config.place)
     shape = student_shape(config)
     require_memory(shape, lessons.pack_length, memory_limit(), num_trained(config, shape))
-    return _load(config.model, config)
-
-
-def _load(folder: str, config: DistillConfig) -> ModelProtocol:
-    """Without dropout."""
-    model = load_model(folder, **config.place)
-    if model.config.dropout:
-        same = Model(dataclasses.replace(model.config, dropout=0.0), seed=config.seed, **config.place)
-        same.load_state(model.state())
-        model = same
-    return model
+    return load_model(config.model, dropout=0.0, **config.place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,4 +149,4 @@ def prepare_lessons(
         raise ConfigError(
             f"pack_length {pack_length} is below the {needed} tokens of the longest prompt with its answer: raise it"
         )
-    return Lessons(_load(config.teacher, config), encoder, prompts, pack_length, facts)
+    return Lessons(load_model(config.teacher, dropout=0.0, **config.place), encoder, prompts, pack_length, facts)
