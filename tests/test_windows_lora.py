@@ -32,7 +32,8 @@ def test_a_known_rule_is_learnt_from_noisy_rankings(tmp_path: Path, seed: int) -
     assert not reward.outside(found), found
 
 
-# Measured on seed 0: accuracy .994, correlation .994, slope 1.01, score 4.64, KL 4.3 (at the optimum 4.62), from twice the pairs.
+# Measured on seeds 0 and 2: accuracy .994 and .999, correlation .994 and .995, slope 1.01 and .98, score 4.64 and 4.83, KL 4.3 and 4.7
+# (4.62 and 4.21 at the optimum), from twice the pairs.
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dpo_learns_the_rule_and_how_far_to_go(seed: int) -> None:
     def make(seed: int) -> Any:
@@ -41,9 +42,7 @@ def test_dpo_learns_the_rule_and_how_far_to_go(seed: int) -> None:
     found = preference.train("sigmoid", seed, num_pairs=16384, make=make, rate=5e-3)
     assert found.accuracy >= 0.95
     assert found.correlation >= 0.96
-    assert 0.8 <= found.slope <= 1.1
-    assert found.score >= 4.0
-    assert 3.0 <= found.kl <= 4.6
+    preference.assert_went_as_far(found)
 
 
 def lora_bandit(seed: int, num_values: int = 0) -> Any:
