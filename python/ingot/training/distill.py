@@ -47,7 +47,7 @@ from ingot.training.rollouts import (
 )
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
-from ingot.training.teaching import Lessons, make_student, prepare_lessons, student_shape
+from ingot.training.teaching import Lessons, held, make_student, prepare_lessons, student_shape
 from ingot.training.trainer import Trainer, TrainingResult, measure
 from ingot.training.verdicts import Verdict, write_verdict
 
@@ -120,7 +120,13 @@ def _decide(
     probe = dataclasses.replace(probe, step_tokens=max(1, tokens[0]))
     epoch = -(-len(lessons.prompts.train) // config.per_device_train_batch_size)
     decisions, cost = decide(
-        config, student, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch
+        config,
+        student,
+        probe,
+        known,
+        steps_per_epoch=epoch,
+        default_steps=_DEFAULT_EPOCHS * epoch,
+        held=held(config, lessons, student.config),
     )
     announce(
         config,

@@ -112,7 +112,9 @@ def _decide(
     )
     epoch = len(setup.prompts.train) / config.num_prompts
     updates = _DEFAULT_UPDATES if config.total_episodes is None else -(-config.total_episodes // size)
-    decisions, cost = decide(config, policy, probe, known, steps_per_epoch=epoch, default_steps=updates)
+    decisions, cost = decide(
+        config, policy, probe, known, steps_per_epoch=epoch, default_steps=updates, held=setup.held
+    )
     facts = setup.facts
     display.say(
         f"method    {config.loss_type}: advantages by {method.advantage_estimator}, "
