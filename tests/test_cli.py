@@ -159,6 +159,28 @@ def test_a_failed_decode_leaves_nothing(workshop, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["ids.npy"]
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (np.array([1.5, 2.0]), "expected a one-dimensional array of integers, got float64 of shape (2,)"),
+        (np.array([[1, 2]]), "expected a one-dimensional array of integers, got int64 of shape (1, 2)"),
+        (np.array([1, -1]), "token id -1 at index 1 has no token"),
+        (np.array([1, 2**63 + 5], np.uint64), f"token id {2**63 + 5} at index 1 has no token"),
+        (
+            np.array([1] * (1 << 20) + [2, 999]),
+            "token id 999 at index 1 has no token: ids run from 0 to 299, counted from 1,048,576 on",
+        ),
+    ],
+)
+def test_a_file_of_other_numbers_is_refused_in_one_line(workshop, tmp_path, capsys, ids, said):
+    path = tmp_path / "ids.npy"
+    np.save(path, ids)
+    code, _, err = run(capsys, "tokenizer", "decode", path, "--tokenizer", workshop / "tok", "--output", tmp_path / "x")
+    assert code == 1
+    assert f"{path}: {said}" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_tokenizer_inspect(workshop, capsys):
     code, out, _ = run(capsys, "tokenizer", "inspect", workshop / "tok", "--text", "Anna went", "--json")
     facts = json.loads(out)
