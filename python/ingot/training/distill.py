@@ -49,7 +49,7 @@ from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.teaching import Lessons, held, make_student, prepare_lessons, student_shape
 from ingot.training.trainer import Trainer, TrainingResult, measure
-from ingot.training.verdicts import Verdict, write_verdict
+from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
@@ -359,7 +359,6 @@ class _Run(Trainer[DistillConfig]):
                 # A step that was given up has changed nothing: it is drawn again when the run goes on.
                 with contextlib.suppress(_Stopped):
                     self.train_step()
-        self.judge()
         self.finish()
 
     def train_step(self) -> None:
@@ -440,13 +439,10 @@ class _Run(Trainer[DistillConfig]):
         seed = mix(self.config.seed, stream)
         return _answers(self.config, self.lessons, model, self.held_out, seed, progress=self.alive)
 
-    def judge(self) -> None:
-        """The verdict, which the next stage reads."""
+    def verdict(self) -> Verdict:
+        """Of the weights that the folder holds."""
         name = "reverse_kl" if self.config.lmbda >= 0.5 else "forward_kl"
-        found = verdict_of(self.folder.metrics.read(), self.state.best_step, name)
-        self.display.stop()
-        self.guarded(lambda: write_verdict(self.folder.path, found))
-        self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
+        return verdict_of(self.folder.metrics.read(), self.state.best_step, name)
 
 
 def _rules() -> tuple[Rule, ...]:

@@ -61,7 +61,7 @@ from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.synced_reference import SyncedReference
 from ingot.training.trainer import Trainer, TrainingResult, measure
-from ingot.training.verdicts import write_verdict
+from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Context
@@ -562,7 +562,6 @@ class _Run(Trainer[DPOConfig]):
                 if state.step >= total:
                     break
                 self.train_step()
-        self.judge()
         self.finish()
 
     def train_step(self) -> None:
@@ -710,13 +709,10 @@ class _Run(Trainer[DPOConfig]):
         lines = self.folder.samples.read()[: len(self.prompts)]
         return [line["completion"] for line in lines] if all(line["step"] == 0 for line in lines) else []
 
-    def judge(self) -> None:
-        """The verdict, which the next stage reads."""
+    def verdict(self) -> Verdict:
+        """Of the weights that the folder holds."""
         single = any(isinstance(row, UnpairedPreference) for row in self.preferences.held_out.rows)
-        found = verdict_of(self.folder.metrics.read(), self.state.best_step, verdicts=single)
-        self.display.stop()
-        self.guarded(lambda: write_verdict(self.folder.path, found))
-        self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
+        return verdict_of(self.folder.metrics.read(), self.state.best_step, verdicts=single)
 
 
 def _implicit_rewards(config: DPOConfig, answers: _Answers) -> Float64:

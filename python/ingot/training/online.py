@@ -36,7 +36,7 @@ from ingot.training.setup import Setup
 from ingot.training.state import State
 from ingot.training.synced_reference import SyncedReference
 from ingot.training.trainer import Trainer, resume_command
-from ingot.training.verdicts import Verdict, write_verdict
+from ingot.training.verdicts import Verdict
 
 OnlineT = TypeVar("OnlineT", bound=OnlineConfig)
 
@@ -306,14 +306,6 @@ class OnlineTrainer(Trainer[OnlineT]):
                 self.show_sample(f"{prompt}\n{completion}")
 
     # ---- the end
-
-    def finish(self) -> None:
-        """The verdict, then curves, card, and the mark that the run is done."""
-        verdict = self.verdict()
-        if verdict is not None:
-            self.guarded(lambda: write_verdict(self.folder.path, verdict))
-            self.display.say(f"verdict   {'passed' if verdict.passed else 'did not pass'}: {verdict.text}")
-        super().finish()
 
     def verdict(self) -> Verdict | None:
         """Whether the exported weights answer held-out prompts better than those that the run began with. None where nothing is held out."""

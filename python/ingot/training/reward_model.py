@@ -60,7 +60,7 @@ from ingot.training.runs import RunFolder
 from ingot.training.setup import zero_heads
 from ingot.training.state import State
 from ingot.training.trainer import Trainer, TrainingResult, measure
-from ingot.training.verdicts import Verdict, write_verdict
+from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import IntArray
@@ -489,15 +489,6 @@ class _Run(Trainer[RewardConfig]):
     def write_model(self, losses: dict[str, float | None]) -> None:
         """A classifier as transformers has them, at the top of the run's folder."""
         self.folder.export(self.reward_model(), self.tokenizer, self.card(losses, self.state.step), self.encoder)
-
-    def finish(self) -> None:
-        """Also say what the model at the top of the folder is worth, and write it down for the next phase."""
-        if self.state.best_step is None:
-            self.guarded(lambda: self.write_model({}))
-        verdict = self.verdict()
-        self.guarded(lambda: write_verdict(self.folder.path, verdict))
-        super().finish()
-        self.display.say(f"verdict   {'passed' if verdict.passed else 'did not pass'}: {verdict.text}")
 
     @property
     def in_steps(self) -> bool:

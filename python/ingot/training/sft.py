@@ -37,7 +37,7 @@ from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.trainer import Trainer, TrainingResult, measure
-from ingot.training.verdicts import write_verdict
+from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
@@ -277,7 +277,6 @@ class _Run(Trainer[SFTConfig]):
                 if state.step >= total:
                     break
                 self.train_step()
-        self.judge()
         self.finish()
 
     def train_step(self) -> None:
@@ -369,10 +368,10 @@ class _Run(Trainer[SFTConfig]):
         self.show_sample(answers[0].prompt + answers[0].text)
         return sum(answer.finish_reason != "length" for answer in answers) / len(answers)
 
-    def judge(self) -> None:
-        """The verdict, which the next stage reads."""
+    def verdict(self) -> Verdict:
+        """Of the weights that the folder holds."""
         demonstrations, max_tokens = self.demonstrations, self.config.sample_tokens
-        found = verdict_of(
+        return verdict_of(
             self.folder.metrics.read(),
             self.state.best_step,
             num_answers=len(self.prompts),
@@ -381,9 +380,6 @@ class _Run(Trainer[SFTConfig]):
                 demonstrations.held_out if len(demonstrations.held_out) else demonstrations.train, max_tokens
             ),
         )
-        self.display.stop()
-        self.guarded(lambda: write_verdict(self.folder.path, found))
-        self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
 
 
 _PHASE = RowsPhase(

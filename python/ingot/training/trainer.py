@@ -33,6 +33,7 @@ from ingot.training.progress import Display
 from ingot.training.runs import CARD_FILE, RunFolder
 from ingot.training.schedules import learning_rate, resolve_warmup
 from ingot.training.state import State
+from ingot.training.verdicts import Verdict, write_verdict
 
 if TYPE_CHECKING:
     from ingot.data.chat import ChatEncoder
@@ -413,13 +414,16 @@ class Trainer(Generic[ConfigT]):
             )
 
     def finish(self) -> None:
-        """Curves, card, and the mark that the run is done."""
+        """Verdict, curves, card, and the mark that the run is done. The last line says whether the next stage may build on it."""
         state, folder = self.state, self.folder
         self.display.stop()
         self.prune(state.step)
         if state.best_step is None:
             # Without a best model so far, the last one is the result.
             self.guarded(lambda: self.write_model({}))
+        verdict = self.verdict()
+        if verdict is not None:
+            self.guarded(lambda: write_verdict(folder.path, verdict))
         losses = {"held out, best": state.best_loss, "held out, last step": state.eval_loss}
         best_step = state.step if state.best_step is None else state.best_step
         self.guarded(lambda: write_file(folder.path / CARD_FILE, self.card(losses, best_step).encode()))
@@ -435,7 +439,13 @@ class Trainer(Generic[ConfigT]):
         else:
             self.display.say(f"{folder.path} holds the model; its curves are in {folder.path / 'curves.svg'}")
         self.display.say(f"the run on a page: ingot report {folder.path}")
+        if verdict is not None:
+            self.display.say(verdict.closing_line)
         self.notify(lambda callback, view: callback.on_end(view))
+
+    def verdict(self) -> Verdict | None:
+        """What the weights at the top of the run's folder are worth to the next stage; None where the phase does not judge them."""
+        return None
 
     def curves(self) -> bytes:
         """The picture of the run, as SVG."""
