@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -376,3 +377,32 @@ def test_a_missing_flag_is_wrong_usage(capsys, command):
     code, out, err = run(capsys, command)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "give --" in err
+
+
+INTERRUPTED = """
+import os, runpy, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            raise KeyboardInterrupt
+
+sys.modules.pop(os.environ["INTERRUPTED_AT"], None)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["ingot", "sft", "--model", "nowhere", "--data", "nothing"]
+runpy.run_module("ingot.cli", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("at", ["typing", "dataclasses", "ingot.cli.sft", "tyro", "ingot.training.sft", "numpy"])
+def test_ctrl_c_during_imports_ends_without_a_traceback(at):
+    environment = {**os.environ, "INTERRUPTED_AT": at}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr in ("", "interrupted\n")
+
+
+def test_the_package_itself_loads_next_to_nothing():
+    code = "import sys; before = set(sys.modules); import ingot; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"typing", "dataclasses", "inspect", "numpy"}.intersection(loaded)
