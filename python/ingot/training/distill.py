@@ -48,7 +48,7 @@ from ingot.training.rollouts import (
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.teaching import Lessons, held, make_student, prepare_lessons, student_shape
-from ingot.training.trainer import Trainer, TrainingResult, measure
+from ingot.training.trainer import Stopped, Trainer, TrainingResult, measure
 from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -300,10 +300,6 @@ def _distances(first: Floats, second: Floats, rollouts: Rollouts) -> Float64:
 # ---- the run
 
 
-class _Stopped(Exception):
-    """Sampling was given up, since the run was asked to stop."""
-
-
 class _Run(Trainer[DistillConfig]):
     """The loop and its parts."""
 
@@ -357,7 +353,7 @@ class _Run(Trainer[DistillConfig]):
                 if state.step >= total:
                     break
                 # A step that was given up has changed nothing: it is drawn again when the run goes on.
-                with contextlib.suppress(_Stopped):
+                with contextlib.suppress(Stopped):
                     self.train_step()
         self.finish()
 
@@ -375,11 +371,6 @@ class _Run(Trainer[DistillConfig]):
             shown["time/episodes_per_s"] = len(rollouts) / (time.perf_counter() - began)
             self.log(epoch, info.grad_norm, rate, **shown)
 
-    def alive(self, done: int, total: int) -> None:
-        """Where the drawing of answers is given up."""
-        if self.stop.requested:
-            raise _Stopped
-
     def evaluate(self) -> None:
         """How far student and teacher are apart on held-out prompts, each on its own answers; the best weights so far are kept."""
         state, config = self.state, self.config
@@ -390,7 +381,7 @@ class _Run(Trainer[DistillConfig]):
         try:
             said = self.answer(self.model, _HELD_OUT_STREAM)
             self.taught = self.taught or self.answer(self.teacher, _TEACHER_STREAM)
-        except _Stopped:
+        except Stopped:
             return
         taught = self.taught
         read = _read_by(self.teacher, self.lessons, said), _read_by(self.model, self.lessons, taught)

@@ -35,7 +35,7 @@ from ingot.training.runs import RunFolder
 from ingot.training.setup import Setup
 from ingot.training.state import State
 from ingot.training.synced_reference import SyncedReference
-from ingot.training.trainer import Trainer, resume_command
+from ingot.training.trainer import Stopped, Trainer, resume_command
 from ingot.training.verdicts import Verdict
 
 OnlineT = TypeVar("OnlineT", bound=OnlineConfig)
@@ -43,7 +43,6 @@ OnlineT = TypeVar("OnlineT", bound=OnlineConfig)
 _HELD_OUT_STREAM = 7
 _GATE_STREAM = 8
 _GATE_PROMPTS = 64
-_SIGN_OF_LIFE_S = 0.2
 _WATCHED = ("score", "judge", "gold")
 _LABELS = {
     "score": "proxy (trained against)",
@@ -52,10 +51,6 @@ _LABELS = {
     "kl": "KL to the start, nats an answer",
     "eos_rate": "share of answers that end",
 }
-
-
-class Stopped(Exception):
-    """Sampling was given up, since the run was asked to stop."""
 
 
 class OnlineTrainer(Trainer[OnlineT]):
@@ -106,7 +101,6 @@ class OnlineTrainer(Trainer[OnlineT]):
         }
         """What the model answered at the start, by prompt."""
         self._figures: tuple[str, ...] = ()
-        self._alive_s = -math.inf
 
     # ---- rollouts
 
@@ -144,15 +138,6 @@ class OnlineTrainer(Trainer[OnlineT]):
             progress=self.alive,
         )
         return experience, Draw(draw.position + num_prompts, draw.episode + num_prompts * num_generations)
-
-    def alive(self, done: int, total: int) -> None:
-        """A sign of life while answers are drawn, and the place where that is given up."""
-        if self.stop.requested:
-            raise Stopped
-        now = time.perf_counter()
-        if now - self._alive_s >= _SIGN_OF_LIFE_S:
-            self._alive_s = now
-            self.display.update(self.status(None))
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Experience, gather
 from ingot.training.lora import load_trained_state, trained_state
 from ingot.training.memory import Held, require_memory
-from ingot.training.online import OnlineTrainer, Stopped
+from ingot.training.online import OnlineTrainer
 from ingot.training.policy_alarms import critic_rules, policy_rules, tax_rule
 from ingot.training.pretraining_mix import PretrainingMix
 from ingot.training.progress import Display
@@ -51,7 +51,7 @@ from ingot.training.sampling_phase import SamplingPhase
 from ingot.training.scores import TokenScorer
 from ingot.training.setup import Given, Setup, prepare
 from ingot.training.state import State
-from ingot.training.trainer import TrainingResult
+from ingot.training.trainer import Stopped, TrainingResult
 
 _DEFAULT_UPDATES = 200
 _MINIBATCH_STREAM = 3

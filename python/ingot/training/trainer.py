@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ingot.training.progress import Status
 
 _MAX_SKIPPED_IN_ROW = 10
+_SIGN_OF_LIFE_S = 0.2
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -209,6 +210,10 @@ def measure(
 # ---- while it runs
 
 
+class Stopped(Exception):
+    """Sampling was given up, since the run was asked to stop."""
+
+
 class Trainer(Generic[ConfigT]):
     """A run in progress: state, logs, checkpoints."""
 
@@ -243,6 +248,7 @@ class Trainer(Generic[ConfigT]):
         self.saved_step = state.step
         self.pace = Pace(cost, decisions, model, max_length, state.elapsed_s)
         self.stop = Interruption()
+        self._alive_s = -math.inf
         self.alarms = Alarms(rules, folder.metrics.read() if rules else ())
 
     def result(self) -> TrainingResult:
@@ -282,6 +288,15 @@ class Trainer(Generic[ConfigT]):
     def status(self, loss: float | None) -> Status:
         """For the display; without a loss it is a sign of life during something else than a step."""
         return self.pace.status(self.state.step, loss, self.state.eval_loss)
+
+    def alive(self, done: int, total: int) -> None:
+        """A sign of life while answers are drawn, and the place where that is given up."""
+        if self.stop.requested:
+            raise Stopped
+        now = time.perf_counter()
+        if now - self._alive_s >= _SIGN_OF_LIFE_S:
+            self._alive_s = now
+            self.display.update(self.status(None))
 
     def count_skipped(self, skipped: bool) -> None:
         """A step whose gradient is not finite changes nothing; many in a row end the run."""
