@@ -177,7 +177,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "phase", ["ppo", *(pytest.param(phase, marks=pytest.mark.slow) for phase in ("sft", "dpo", "grpo"))]
 )
 def test_real_runs_take_what_is_said(wide: Path, phase: str) -> None:
-    # Measured with 43 MB a copy: from 9 % below (SFT of an adapter) to 14 % above (DPO) the largest resident set.
+    # Measured with 43 MB a copy of the weights: 9 % below (SFT of an adapter) to 14 % above (DPO) the largest resident set.
     here = str(Path(__file__).parent)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(wide), phase, here], capture_output=True, text=True, check=True
