@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,6 +158,28 @@ def test_a_failed_decode_leaves_nothing(workshop, tmp_path, capsys):
     assert code == 1
     assert "ids.npy: token id 999 at index 2 has no token" in err
     assert [path.name for path in tmp_path.iterdir()] == ["ids.npy"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (np.array([1.5, 2.0]), "expected a one-dimensional array of integers, got float64 of shape (2,)"),
+        (np.array([[1, 2]]), "expected a one-dimensional array of integers, got int64 of shape (1, 2)"),
+        (np.array([1, -1]), "token id -1 at index 1 has no token"),
+        (np.array([1, 2**63 + 5], np.uint64), f"token id {2**63 + 5} at index 1 has no token"),
+        (
+            np.array([1] * (1 << 20) + [2, 999]),
+            "token id 999 at index 1 has no token: ids run from 0 to 299, counted from 1,048,576 on",
+        ),
+    ],
+)
+def test_a_file_of_other_numbers_is_refused_in_one_line(workshop, tmp_path, capsys, ids, said):
+    path = tmp_path / "ids.npy"
+    np.save(path, ids)
+    code, _, err = run(capsys, "tokenizer", "decode", path, "--tokenizer", workshop / "tok", "--output", tmp_path / "x")
+    assert code == 1
+    assert f"{path}: {said}" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_tokenizer_inspect(workshop, capsys):
@@ -354,3 +377,32 @@ def test_a_missing_flag_is_wrong_usage(capsys, command):
     code, out, err = run(capsys, command)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "give --" in err
+
+
+INTERRUPTED = """
+import os, runpy, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            raise KeyboardInterrupt
+
+sys.modules.pop(os.environ["INTERRUPTED_AT"], None)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["ingot", "sft", "--model", "nowhere", "--data", "nothing"]
+runpy.run_module("ingot.cli", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("at", ["typing", "dataclasses", "ingot.cli.sft", "tyro", "ingot.training.sft", "numpy"])
+def test_ctrl_c_during_imports_ends_without_a_traceback(at):
+    environment = {**os.environ, "INTERRUPTED_AT": at}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr in ("", "interrupted\n")
+
+
+def test_the_package_itself_loads_next_to_nothing():
+    code = "import sys; before = set(sys.modules); import ingot; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"typing", "dataclasses", "inspect", "numpy"}.intersection(loaded)

@@ -22,6 +22,7 @@ from ingot.losses.packed import sum_by_sequence
 from ingot.models import Model, load_model
 from ingot.tokenizer import Tokenizer
 from ingot.training import distill as phase
+from ingot.training import trainer
 from ingot.training.progress import SilentDisplay
 from ingot.training.rollouts import recompute_logprobs
 from ingot.training.teaching import prepare_lessons
@@ -263,6 +264,20 @@ def test_ctrl_c_while_answers_are_drawn_loses_nothing(place, monkeypatch):
     result = ingot.resume(place / "run", quiet=True)
     for name, values in whole.model.state().items():
         np.testing.assert_array_equal(values, result.model.state()[name], err_msg=name)
+
+
+def test_signs_of_life_are_given_while_answers_are_drawn(place, monkeypatch):
+    monkeypatch.setattr(trainer, "_SIGN_OF_LIFE_S", 0.0)
+    status, losses = phase._Run.status, []
+
+    def seen(self: Any, loss: float | None) -> Any:
+        losses.append(loss)
+        return status(self, loss)
+
+    monkeypatch.setattr(phase._Run, "status", seen)
+    ingot.distill(config_at(place, max_steps=2, eval_steps=2), quiet=True)
+    assert sum(loss is not None for loss in losses) == 2
+    assert losses.count(None) >= 2 * 5, "at every token of the answers"
 
 
 def test_on_the_command_line(place, capsys):

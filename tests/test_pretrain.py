@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import ingot
 from ingot import durable
-from ingot.configs import Architecture, ModelConfig, PretrainConfig
+from ingot.configs import Architecture, PretrainConfig
 from ingot.data.batches import Cursor, PackedBatches, Stretches
 from ingot.errors import ConfigError, DataError, RunError
 from ingot.models import Model, load_model
@@ -26,7 +26,7 @@ from ingot.training import pretrain as loop
 from ingot.training import resuming
 from ingot.training.callbacks import Callback
 from ingot.training.checkpoints import list_checkpoints
-from ingot.training.cost import Cost, fit_to_time, memory_estimate, timed
+from ingot.training.cost import Cost, fit_to_time, timed
 from ingot.training.pretrain import pretrain, resume
 
 TINY = Architecture(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -445,7 +445,7 @@ def test_without_a_held_out_part_the_last_weights_are_the_result(config):
         (
             {"architecture": Architecture(hidden_size=65536, num_hidden_layers=200, num_attention_heads=512)},
             RunError,
-            r"needs about [\d.]+ GB of memory and [\d.]+ GB are there: lower --per-device-train-batch-size",
+            r"needs about [\d.]+ GB of memory .* and [\d.]+ GB are there: lower --per-device-train-batch-size",
         ),
         ({"per_device_train_batch_size": 10**9}, RunError, "GB are there"),
         (
@@ -498,12 +498,6 @@ def test_a_model_with_learned_positions_fixes_the_length_where_none_is_given(con
     longer = dataclasses.replace(again, model=str(second.output), output=str(tmp_path / "d"), windows="packed")
     result = pretrain(longer, quiet=True)
     assert json.loads((result.output / "run.json").read_bytes())["config"]["max_length"] == 256
-
-
-def test_the_memory_estimate_is_of_the_right_size():
-    shape = ModelConfig.gpt2(vocab_size=50257, hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
-    # 16 bytes for each of 124M weights; activations of 1024 tokens on top.
-    assert 2.0e9 < memory_estimate(shape, 1024) < 4.0e9
 
 
 def test_names_of_the_package():

@@ -27,6 +27,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 import ingot.tokenizer
 from ingot import Tokenizer
+from ingot.errors import DataError
 from ingot.normalization import nfc
 from oracle import bpe
 
@@ -609,11 +610,28 @@ def test_decoding() -> None:
     assert tokenizer.decode(cut) == "\ufffd"
     with pytest.raises(UnicodeDecodeError):
         tokenizer.decode(cut, errors="strict")
-    for bad in (700, -1, 2**40):
-        with pytest.raises(ValueError, match=f"token id {bad} at index 1 has no token: ids run from 0 to 699"):
+    assert tokenizer.decode([np.int64(ids[0]), *ids[1:]]) == tokenizer.decode(iter(ids)) == "héllo"
+
+
+def test_what_is_no_id_is_named() -> None:
+    tokenizer = train([TEXT], 700)
+    for bad in (700, -1, 2**40, 2**63, 2**70, -(2**70)):
+        with pytest.raises(DataError, match=f"^token id {bad} at index 1 has no token: ids run from 0 to 699$"):
             tokenizer.decode([0, bad])
-    with pytest.raises(ValueError, match=r"dtype float64 and shape \(2,\)"):
-        tokenizer.decode(np.zeros(2))
+        with pytest.raises(DataError, match=f"^token id {bad} at index 0 has no token"):
+            tokenizer.token_bytes(bad)
+    with pytest.raises(DataError, match=f"^token id {2**63 + 5} at index 1 has no token"):
+        tokenizer.decode(np.array([0, 2**63 + 5], np.uint64))
+    for odd in ("a", 1.5, None, [1]):
+        with pytest.raises(TypeError, match=rf"^token id {re.escape(repr(odd))} at index 1 is no whole number$"):
+            tokenizer.decode([0, odd])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"^token ids are 5: give a list of whole numbers$"):
+        tokenizer.decode(5)  # type: ignore[arg-type]
+    for array in (np.zeros(2), np.array(["a"])):
+        with pytest.raises(TypeError, match=rf"^token ids have dtype {array.dtype}: give whole numbers$"):
+            tokenizer.decode(array)
+    with pytest.raises(DataError, match=r"^token ids have shape \[1, 2\]: give those of one text"):
+        tokenizer.decode(np.zeros((1, 2), np.int32))
 
 
 def test_ids_between_tokens_have_none(tmp_path: Path) -> None:

@@ -348,8 +348,11 @@ def test_sequences_beyond_learned_positions_are_refused(make: Callable[..., base
 
 def test_decoder_errors_are_named_alike(make: Callable[..., base.Model]) -> None:
     model = make(SHAPES["gpt2"])
-    with pytest.raises(ValueError, match="max_sequences"):
-        model.decoder(8, 0)
+    for bad in (0, -1, 2**70):
+        with pytest.raises(ConfigError, match=rf"^max_sequences: must be at least 1 .*, got {bad}$"):
+            model.decoder(8, bad)
+        with pytest.raises(ConfigError, match=rf"^max_tokens: must be at least 1 .*, got {bad}$"):
+            model.decoder(bad, 1)
     with pytest.raises(ValueError, match="max_tokens"):
         model.decoder(131, 1)
     decoder = model.decoder(4, 2, banned_ids=[9])

@@ -6,9 +6,12 @@ The names below are loaded when they are first used, so that ``import ingot`` co
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+# Known to type checkers; importing typing for it would take longer than all else here.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ingot._native import build_info
     from ingot.configs import (
         Architecture,

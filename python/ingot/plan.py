@@ -3,7 +3,7 @@
 The size is chosen by the fitted scaling law of Hoffmann et al. 2022 (arXiv 2203.15556) with the constants of Besiroglu et al. 2024
 (arXiv 2404.10102); text that is read again counts less and less, as Muennighoff et al. 2023 (arXiv 2305.16264) measured. The law is
 used for the balance of size and tokens alone: its loss is that of another tokenizer on other text, so it is not shown.
-Speed and memory are measured: a step of each candidate's shape runs on this machine.
+Speed is measured: a step of each candidate's shape runs on this machine.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ingot.configs import Architecture, ModelConfig
 from ingot.data.corpus import Corpus
 from ingot.environment import memory_limit
 from ingot.errors import ConfigError
+from ingot.training.memory import Held, memory_estimate
 
 if TYPE_CHECKING:
     from ingot.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ class Plan:
     expected_s: float
     """Steps, evaluation and saving together."""
     peak_memory_gb: float
-    """Expected peak: measured while a step of this shape ran."""
+    """Expected peak, counted from shapes (:mod:`ingot.training.memory`)."""
     learning_rate: float
     """A peak that suits this width."""
     limited_by: str
@@ -134,7 +135,7 @@ def plan(
         config = _architecture(shape).resolve(vocab_size, max_length)
         tokens = min(train_s * flops_per_s / config.flops_per_token(max_length), corpus_tokens * _MAX_EPOCHS)
         score = _law(config.num_parameters, tokens, corpus_tokens)
-        if _memory_estimate(config, rows * max_length) < 0.8 * memory_limit() and score < best_score:
+        if memory_estimate(_held(config, rows * max_length)) < 0.8 * memory_limit() and score < best_score:
             best, best_score = shape, score
             # Wider networks use the machine better: measure again where the choice moved up.
             if shape[0] >= 128:
@@ -146,7 +147,7 @@ def plan(
 
     architecture = _architecture(best)
     config = architecture.resolve(vocab_size, max_length)
-    step_s, peak_bytes = _probe(config, max_length, rows, threads)
+    step_s = _probe(config, max_length, rows, threads)
     by_time = int(train_s / step_s)
     by_text = int(corpus_tokens * _MAX_EPOCHS / (rows * max_length))
     max_steps = max(1, min(by_time, by_text))
@@ -178,7 +179,7 @@ def plan(
         step_s=step_s,
         tokens_per_s=rows * max_length / step_s,
         expected_s=max_steps * step_s / _SHARE_OF_TIME_IN_STEPS,
-        peak_memory_gb=peak_bytes / 1e9,
+        peak_memory_gb=memory_estimate(_held(config, rows * max_length)) / 1e9,
         learning_rate=learning_rate,
         limited_by="the amount of text" if by_text < by_time else "the time",
         command=shlex.join(words),
@@ -231,14 +232,12 @@ def _architecture(shape: tuple[int, int, int, int]) -> Architecture:
 
 def _measured_flops(architecture: Architecture, vocab_size: int, length: int, rows: int, threads: int | None) -> float:
     config = architecture.resolve(vocab_size, length)
-    step_s, _ = _probe(config, length, rows, threads)
+    step_s = _probe(config, length, rows, threads)
     return rows * length * config.flops_per_token(length) / step_s
 
 
-def _probe(config: ModelConfig, length: int, rows: int, threads: int | None) -> tuple[float, int]:
-    """Median seconds of a training step of this shape, and the bytes that this process held meanwhile."""
-    import psutil
-
+def _probe(config: ModelConfig, length: int, rows: int, threads: int | None) -> float:
+    """Median seconds of a training step of this shape."""
     from ingot.models import Model
 
     model = Model(config, seed=0, threads=threads)
@@ -254,11 +253,8 @@ def _probe(config: ModelConfig, length: int, rows: int, threads: int | None) -> 
         model.forward_backward(tokens[:-1], offsets, tokens[1:], weights)
         model.step(1e-4, clip_norm=1.0)
         times.append(time.perf_counter() - begin)
-    return float(np.median(times[1:])), int(psutil.Process().memory_info().rss)
+    return float(np.median(times[1:]))
 
 
-def _memory_estimate(config: ModelConfig, batch_tokens: int) -> float:
-    """Bytes for weights, gradients and both moments, and activations of one batch; only to rule out what cannot fit."""
-    kept = 2 * config.hidden_size + (config.num_attention_heads + 1) * (config.head_dim or 0)
-    kept += 2 * (config.num_key_value_heads or 0) * (config.head_dim or 0) + 2 * (config.intermediate_size or 0)
-    return 16.0 * config.num_parameters + 4.0 * batch_tokens * kept * config.num_hidden_layers + 64e6
+def _held(config: ModelConfig, batch_tokens: int) -> Held:
+    return Held(config, num_trained=config.num_parameters, batch_tokens=batch_tokens)

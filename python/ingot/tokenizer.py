@@ -10,12 +10,13 @@ import errno
 import hashlib
 import itertools
 import json
+import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -367,22 +368,44 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError
+        DataError
             An id that no token has; the message names it and its index.
+        TypeError
+            Something else than whole numbers.
         """
         return self.decode_bytes(ids).decode("utf-8", errors)
 
     def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> bytes:
         """The bytes behind ids, exactly; special tokens included. Raises as :meth:`decode`."""
         if isinstance(ids, np.ndarray):
-            if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                raise ValueError(f"ids have dtype {ids.dtype} and shape {ids.shape}: give integers of one dimension")
-            return self._core.decode_array(np.ascontiguousarray(ids, dtype=np.int64))
-        return self._core.decode_list(list(ids))
+            if ids.dtype.kind not in "iu":
+                raise TypeError(f"token ids have dtype {ids.dtype}: give whole numbers")
+            if ids.ndim != 1:
+                raise DataError(f"token ids have shape {list(ids.shape)}: give those of one text, in one dimension")
+            if ids.dtype != np.uint64:
+                return self._core.decode_array(np.ascontiguousarray(ids, dtype=np.int64))
+            ids = ids.tolist()
+        if not isinstance(ids, Iterable):
+            raise TypeError(f"token ids are {ids!r}: give a list of whole numbers")
+        numbers = list(ids)
+        try:
+            return self._core.decode_list(numbers)
+        except (TypeError, OverflowError):
+            raise self._no_ids(numbers) from None
+
+    def _no_ids(self, numbers: Sequence[object]) -> Exception:
+        """Of a list with something that is no 64-bit number: what it is."""
+        for index, number in enumerate(numbers):
+            if not isinstance(number, SupportsIndex):
+                return TypeError(f"token id {number!r} at index {index} is no whole number")
+            if not 0 <= operator.index(number) < self.vocab_size:
+                last = self.vocab_size - 1
+                return DataError(f"token id {number} at index {index} has no token: ids run from 0 to {last}")
+        return TypeError("token ids are no list of whole numbers")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token. Raises as :meth:`decode`."""
-        return self._core.decode_list([token_id])
+        return self.decode_bytes([token_id])
 
     # ---- facts
 

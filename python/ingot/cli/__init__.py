@@ -1,18 +1,21 @@
 """The command line: ``ingot VERB ...``. Each command is a frozen dataclass of its flags with a ``run`` method, in a file of its own.
 
-This file only finds the command, so that ``ingot --help`` answers at once; what a command needs is imported when it runs.
+This file only finds the command, so that ``ingot --help`` answers at once and Ctrl-C is understood from the beginning; what a command
+needs is imported when it runs.
 Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage: flags or settings that cannot be, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib
-import os
-import sys
-from collections.abc import Sequence
-from typing import NoReturn, Protocol, TypeVar
+try:
+    import importlib
+    import os
+    import sys
+    from collections.abc import Sequence
+    from typing import NamedTuple, NoReturn, Protocol, TypeVar
+except KeyboardInterrupt:
+    # Nobody is there yet to say more than this.
+    raise SystemExit(130) from None
 
 CommandT = TypeVar("CommandT")
 
@@ -25,8 +28,7 @@ class Runnable(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a command lives and what it is for."""
 
     module: str
@@ -165,6 +167,8 @@ def _overview(commands: dict[str, Entry]) -> str:
 
 
 def _unknown(name: str) -> NoReturn:
+    import difflib
+
     near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
     hint = f"did you mean 'ingot {near[0]}'?" if near else "ingot --help lists the commands"
     print(f"ingot: there is no command {name!r}; {hint}", file=sys.stderr)

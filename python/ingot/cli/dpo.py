@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
-from ingot.configs import DPOConfig, load_toml
+from ingot.cli.outcome import print_outcome
+from ingot.cli.settings import config_of, parse_run
+from ingot.configs import DPOConfig
 from ingot.errors import ConfigError
-
-_GROUPS = (LENGTHS,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,19 +33,7 @@ class DPO(DPOConfig):
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> DPO:
         """Flags over the configuration file over the defaults."""
-        from ingot.cli import parse_flags
-
-        fields: dict[str, Any] = {}
-        config = flag_value(arguments, "config")
-        if config is not None:
-            override(fields, DPOConfig.fields_of(load_toml(config), config), _GROUPS)
-        override(fields, {}, _GROUPS, flag_names(arguments))
-        return parse_flags(cls, arguments, prog="ingot dpo", default=cls(**fields))
-
-    def settings(self) -> DPOConfig:
-        """The configuration of the run, without the flags that only led to it."""
-        names = [field.name for field in dataclasses.fields(DPOConfig)]
-        return DPOConfig(**{name: getattr(self, name) for name in names})
+        return parse_run(cls, DPOConfig, arguments, prog="ingot dpo")
 
     def run(self) -> int:
         """Start or resume the run."""
@@ -63,16 +48,7 @@ class DPO(DPOConfig):
                 raise ConfigError("no model to start from: give --model with the folder of a fine-tuned one")
             if not self.data:
                 raise ConfigError("no preferences to learn from: give --data with files of rows")
-            result = phase.dpo(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
+            result = phase.dpo(config_of(self, DPOConfig), dry_run=self.dry_run, force=self.force, quiet=self.json)
         if self.json:
-            last = [line for line in result.history if "loss" in line]
-            facts: dict[str, Any] = {
-                "output": str(result.output),
-                "steps": last[-1]["step"] if last else 0,
-                "best_loss": result.best_loss,
-                "final_loss": result.final_loss,
-                "num_parameters": result.model.num_parameters,
-            }
-            facts |= verdict_facts(result.output) if result.plan is None else result.plan
-            print(json.dumps(facts))
+            print_outcome(result)
         return 0

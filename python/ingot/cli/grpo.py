@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
-from ingot.configs import GRPOConfig, load_toml
+from ingot.cli.outcome import print_outcome
+from ingot.cli.settings import LENGTHS, config_of, parse_run
+from ingot.configs import GRPOConfig
 from ingot.errors import ConfigError
 
 _GROUPS = ((*LENGTHS, "total_episodes"),)
@@ -35,24 +34,7 @@ class GRPO(GRPOConfig):
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> GRPO:
         """Flags over the configuration file over the defaults."""
-        from ingot.cli import parse_flags
-
-        fields: dict[str, Any] = {}
-        config = flag_value(arguments, "config")
-        if config is not None:
-            override(fields, GRPOConfig.fields_of(load_toml(config), config), _GROUPS)
-        given = flag_names(arguments)
-        override(fields, {}, _GROUPS, given)
-        if given & {"reward", "reward_weights"}:
-            # Rewards on the command line stand instead of those of the file, and are not added to them; weights belong to their rewards.
-            fields.pop("reward_weights", None)
-            fields.pop("reward" if "reward" in given else "", None)
-        return parse_flags(cls, arguments, prog="ingot grpo", default=cls(**fields))
-
-    def settings(self) -> GRPOConfig:
-        """The configuration of the run, without the flags that only led to it."""
-        names = [field.name for field in dataclasses.fields(GRPOConfig)]
-        return GRPOConfig(**{name: getattr(self, name) for name in names})
+        return parse_run(cls, GRPOConfig, arguments, prog="ingot grpo", groups=_GROUPS)
 
     def run(self) -> int:
         """Start or resume the run."""
@@ -67,14 +49,7 @@ class GRPO(GRPOConfig):
                 raise ConfigError("no model to start from: give --model with the folder of one that answers")
             if not self.prompts:
                 raise ConfigError("no prompts to answer: give --prompts with files of rows")
-            result = phase.grpo(self.settings(), dry_run=self.dry_run, quiet=self.json)
+            result = phase.grpo(config_of(self, GRPOConfig), dry_run=self.dry_run, quiet=self.json)
         if self.json:
-            steps = [line["step"] for line in result.history if "loss" in line]
-            facts: dict[str, Any] = {
-                "output": str(result.output),
-                "steps": steps[-1] if steps else 0,
-                "num_parameters": result.model.config.num_parameters,
-            }
-            facts |= verdict_facts(result.output) if result.plan is None else result.plan
-            print(json.dumps(facts))
+            print_outcome(result, losses=False)
         return 0

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override
-from ingot.configs import PretrainConfig, load_recipe, load_toml
+from ingot.cli.settings import LENGTHS, config_of, flag_names, flag_value, parse_run
+from ingot.configs import PretrainConfig, load_recipe
 from ingot.errors import ConfigError
 
 # Settings that exclude one another.
@@ -37,26 +36,14 @@ class Pretrain(PretrainConfig):
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Pretrain:
         """Flags over the configuration file over the recipe over the defaults."""
-        from ingot.cli import parse_flags
-
-        fields: dict[str, Any] = {}
-        recipe, config = flag_value(arguments, "recipe"), flag_value(arguments, "config")
-        if recipe is not None:
-            fields |= PretrainConfig.fields_of(load_recipe(recipe), f"recipe {recipe}")
-        if config is not None:
-            override(fields, PretrainConfig.fields_of(load_toml(config), config), _GROUPS)
-        override(fields, {}, _GROUPS, flag_names(arguments))
-        parsed = parse_flags(cls, arguments, prog="ingot pretrain", default=cls(**fields))
+        recipe = flag_value(arguments, "recipe")
+        fields = None if recipe is None else PretrainConfig.fields_of(load_recipe(recipe), f"recipe {recipe}")
+        parsed = parse_run(cls, PretrainConfig, arguments, prog="ingot pretrain", groups=_GROUPS, recipe=fields)
         shape = sorted(name for name in flag_names(arguments) if name.startswith("model."))
         if parsed.model is not None and shape:
             flag = "--" + shape[0].replace("_", "-")
             raise ConfigError(f"{flag} shapes a new network, and --model goes on from one: leave one of them out")
         return parsed
-
-    def settings(self) -> PretrainConfig:
-        """The configuration of the run, without the flags that only led to it."""
-        names = [field.name for field in dataclasses.fields(PretrainConfig)]
-        return PretrainConfig(**{name: getattr(self, name) for name in names})
 
     def run(self) -> int:
         """Start or resume the run."""
@@ -69,7 +56,7 @@ class Pretrain(PretrainConfig):
         else:
             if not self.data:
                 raise ConfigError("no text to learn from: give --data with files or folders")
-            result = pretrain.pretrain(self.settings(), dry_run=self.dry_run, quiet=self.json)
+            result = pretrain.pretrain(config_of(self, PretrainConfig), dry_run=self.dry_run, quiet=self.json)
         if self.json:
             steps = [line["step"] for line in result.history]
             facts = {

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
-from ingot.configs import RewardConfig, load_toml
+from ingot.cli.outcome import print_outcome
+from ingot.cli.settings import config_of, parse_run
+from ingot.configs import RewardConfig
 from ingot.errors import ConfigError
-
-_GROUPS = (LENGTHS,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,19 +34,7 @@ class Reward(RewardConfig):
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Reward:
         """Flags over the configuration file over the defaults."""
-        from ingot.cli import parse_flags
-
-        fields: dict[str, Any] = {}
-        config = flag_value(arguments, "config")
-        if config is not None:
-            override(fields, RewardConfig.fields_of(load_toml(config), config), _GROUPS)
-        override(fields, {}, _GROUPS, flag_names(arguments))
-        return parse_flags(cls, arguments, prog="ingot reward", default=cls(**fields))
-
-    def settings(self) -> RewardConfig:
-        """The configuration of the run, without the flags that only led to it."""
-        names = [field.name for field in dataclasses.fields(RewardConfig)]
-        return RewardConfig(**{name: getattr(self, name) for name in names})
+        return parse_run(cls, RewardConfig, arguments, prog="ingot reward")
 
     def run(self) -> int:
         """Start or resume the run."""
@@ -66,16 +51,9 @@ class Reward(RewardConfig):
                 raise ConfigError(
                     "no judgements to learn from: give --data with files of ranked lists, pairs, or answers with labels"
                 )
-            result = phase.train_reward_model(self.settings(), dry_run=self.dry_run, force=self.force, quiet=self.json)
+            result = phase.train_reward_model(
+                config_of(self, RewardConfig), dry_run=self.dry_run, force=self.force, quiet=self.json
+            )
         if self.json:
-            last = [line for line in result.history if "loss" in line]
-            facts: dict[str, Any] = {
-                "output": str(result.output),
-                "steps": last[-1]["step"] if last else 0,
-                "best_loss": result.best_loss,
-                "final_loss": result.final_loss,
-                "num_parameters": result.model.num_parameters,
-            }
-            facts |= verdict_facts(result.output) if result.plan is None else result.plan
-            print(json.dumps(facts))
+            print_outcome(result)
         return 0

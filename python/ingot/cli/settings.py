@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ingot.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ingot.configs import RunConfig
+
+CommandT = TypeVar("CommandT")
+ConfigT = TypeVar("ConfigT", bound="RunConfig")
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_time")
 """Each fixes the length of a run, so a run has one of them."""
@@ -90,11 +96,32 @@ def override(
     fields |= newer
 
 
-def verdict_facts(folder: str | Path) -> dict[str, Any]:
-    """The verdict of a run as ``--json`` prints it, whatever the phase; nothing is known of a run without one."""
-    from ingot.training.verdicts import read_verdict
+def parse_run(
+    command: type[CommandT],
+    config_type: type[RunConfig],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    groups: Sequence[Sequence[str]] = (LENGTHS,),
+    recipe: dict[str, Any] | None = None,
+) -> CommandT:
+    """Flags over the configuration file over the recipe, if any, over the defaults. Of the settings of a group the newest wins."""
+    from ingot.cli import parse_flags
+    from ingot.configs import load_toml
 
-    verdict = read_verdict(folder)
-    if verdict is None:
-        return {"passed": None, "verdict": None, "figures": {}}
-    return {"passed": verdict.passed, "verdict": verdict.text, "figures": dict(verdict.figures)}
+    fields = dict(recipe or {})
+    config, given = flag_value(arguments, "config"), flag_names(arguments)
+    if config is not None:
+        override(fields, config_type.fields_of(load_toml(config), config), groups)
+    override(fields, {}, groups, given)
+    if given & {"reward", "reward_weights"}:
+        # Rewards on the command line stand instead of those of the file, and are not added to them; weights belong to their rewards.
+        fields.pop("reward_weights", None)
+    if "reward" in given:
+        fields.pop("reward", None)
+    return parse_flags(command, arguments, prog=prog, default=command(**fields))
+
+
+def config_of(command: object, config_type: type[ConfigT]) -> ConfigT:
+    """The configuration of the run, without the flags that only led to it."""
+    return config_type(**{field.name: getattr(command, field.name) for field in dataclasses.fields(config_type)})

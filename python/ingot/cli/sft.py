@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from ingot.cli.settings import LENGTHS, flag_names, flag_value, override, verdict_facts
-from ingot.configs import SFTConfig, load_toml
+from ingot.cli.outcome import print_outcome
+from ingot.cli.settings import config_of, parse_run
+from ingot.configs import SFTConfig
 from ingot.errors import ConfigError
-
-_GROUPS = (LENGTHS,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,19 +31,7 @@ class SFT(SFTConfig):
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> SFT:
         """Flags over the configuration file over the defaults."""
-        from ingot.cli import parse_flags
-
-        fields: dict[str, Any] = {}
-        config = flag_value(arguments, "config")
-        if config is not None:
-            override(fields, SFTConfig.fields_of(load_toml(config), config), _GROUPS)
-        override(fields, {}, _GROUPS, flag_names(arguments))
-        return parse_flags(cls, arguments, prog="ingot sft", default=cls(**fields))
-
-    def settings(self) -> SFTConfig:
-        """The configuration of the run, without the flags that only led to it."""
-        names = [field.name for field in dataclasses.fields(SFTConfig)]
-        return SFTConfig(**{name: getattr(self, name) for name in names})
+        return parse_run(cls, SFTConfig, arguments, prog="ingot sft")
 
     def run(self) -> int:
         """Start or resume the run."""
@@ -61,16 +46,7 @@ class SFT(SFTConfig):
                 raise ConfigError("no model to start from: give --model with the folder of a pretrained one")
             if not self.data:
                 raise ConfigError("no demonstrations to learn from: give --data with files of rows")
-            result = phase.sft(self.settings(), dry_run=self.dry_run, quiet=self.json)
+            result = phase.sft(config_of(self, SFTConfig), dry_run=self.dry_run, quiet=self.json)
         if self.json:
-            last = [line for line in result.history if "loss" in line]
-            facts: dict[str, Any] = {
-                "output": str(result.output),
-                "steps": last[-1]["step"] if last else 0,
-                "best_loss": result.best_loss,
-                "final_loss": result.final_loss,
-                "num_parameters": result.model.num_parameters,
-            }
-            facts |= verdict_facts(result.output) if result.plan is None else result.plan
-            print(json.dumps(facts))
+            print_outcome(result)
         return 0

@@ -155,10 +155,11 @@ class Decode:
         try:
             with partial.open("wb") as sink:
                 for start in range(0, len(ids), block):
-                    sink.write(tokenizer.decode_bytes(ids[start : start + block].tolist()))
+                    sink.write(tokenizer.decode_bytes(ids[start : start + block]))
             partial.replace(target)
         except ValueError as error:
-            raise DataError(f"{self.file}: {error}: was it made with another tokenizer?") from None
+            counted = f", counted from {start:,} on" if start else ""
+            raise DataError(f"{self.file}: {error}{counted}: was it made with another tokenizer?") from None
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(target)) from None
         finally:

@@ -94,8 +94,6 @@ class GRPOConfig(OnlineConfig):
     """Estimate of the KL from sampled tokens: k1 in the reward, k2 or k3 in the loss. That of loss_type unless given."""
     num_iterations: int = 1
     """Passes over the answers of one update."""
-    num_mini_batches: int = 1
-    """Parts that a pass is divided into; each makes one step of the optimizer."""
     importance_sampling_level: Literal["token", "sequence"] | None = None
     """One ratio of new to old probability for each token, or their geometric mean for the whole answer; that of loss_type unless given."""
     epsilon: float | None = None
@@ -111,17 +109,13 @@ class GRPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_generations", "max_completion_length", "num_iterations", "num_mini_batches", "max_resamples"):
+        for name in ("num_generations", "max_completion_length", "num_iterations", "max_resamples"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         self._check_method()
         size, each = self.per_device_train_batch_size, self.num_generations
         require(
             size % each == 0,
             f"per_device_train_batch_size {size} does not divide by num_generations {each}: an update has whole groups",
-        )
-        require(
-            self.num_mini_batches <= size,
-            f"num_mini_batches {self.num_mini_batches} is more than the {size} answers of an update",
         )
         require(self.beta is None or self.beta >= 0.0, f"beta must be 0 or more, got {self.beta}")
         require(self.entropy_coef >= 0.0, f"entropy_coef must be 0 or more, got {self.entropy_coef}")

@@ -53,6 +53,8 @@ class OnlineConfig(SyncConfig, LoraConfig):
     """Share of the prompts kept out of training, on which the policy is measured."""
     per_device_train_batch_size: int = 64
     """Answers of one update."""
+    num_mini_batches: int = 1
+    """Parts that a pass is divided into; each makes one step of the optimizer."""
     max_steps: int | None = None
     """Number of updates. The schedule ends there. Without it, total_episodes, num_train_epochs or max_time decide; 200 where none is given."""
     total_episodes: int | None = None
@@ -88,9 +90,13 @@ class OnlineConfig(SyncConfig, LoraConfig):
             0.0 < self.temperature < math.inf,
             f"temperature must be above 0, got {self.temperature}: at 0 nothing is explored",
         )
-        for name in ("max_prompt_length", "total_episodes", "pack_length", "max_sequences"):
+        for name in ("num_mini_batches", "max_prompt_length", "total_episodes", "pack_length", "max_sequences"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            self.num_mini_batches <= self.per_device_train_batch_size,
+            f"num_mini_batches {self.num_mini_batches} is more than the {self.per_device_train_batch_size} answers of an update",
+        )
         require(
             self.gate_answers == 0 or self.gate_answers >= 2,
             f"gate_answers must be at least 2, or 0 for no check, got {self.gate_answers}",
@@ -117,6 +123,11 @@ class OnlineConfig(SyncConfig, LoraConfig):
     def rewards(self) -> tuple[str, ...]:
         """All that is trained against, in the order of ``reward_weights``."""
         return (() if self.reward_model is None else (self.reward_model,)) + self.reward
+
+    @property
+    def minibatch_size(self) -> int:
+        """Most answers that a step of the optimizer learns from."""
+        return -(-self.per_device_train_batch_size // self.num_mini_batches)
 
     @property
     def answer_length(self) -> int:

@@ -19,8 +19,6 @@ class PPOConfig(OnlineConfig):
     """Most tokens of an answer."""
     num_ppo_epochs: int = 4
     """Passes over the answers of one update."""
-    num_mini_batches: int = 1
-    """Parts that a pass is divided into; each makes one step of the optimizer."""
     adam_epsilon: float = 1e-5
     """AdamW's epsilon."""
     gamma: float = 1.0
@@ -72,12 +70,8 @@ class PPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("response_length", "num_ppo_epochs", "num_mini_batches", "ptx_batch_size", "ptx_length"):
+        for name in ("response_length", "num_ppo_epochs", "ptx_batch_size", "ptx_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require(
-            self.num_mini_batches <= self.per_device_train_batch_size,
-            f"num_mini_batches {self.num_mini_batches} is more than the {self.per_device_train_batch_size} answers of an update",
-        )
         for name in ("gamma", "lam"):
             require(0.0 <= getattr(self, name) <= 1.0, f"{name} must be between 0 and 1, got {getattr(self, name)}")
         require(0.0 < self.cliprange < 1.0, f"cliprange must be above 0 and below 1, got {self.cliprange}")

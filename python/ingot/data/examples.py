@@ -110,6 +110,11 @@ class Examples:
         """Tokens of each group, i64 [G]."""
         return np.array([sum(map(len, group)) for group in self.groups], np.int64)
 
+    def most_tokens(self, num_groups: int | None, limit: int) -> int:
+        """Of a pass over so many groups, whichever they are, or over all of them (None), where none may have more than ``limit``."""
+        lengths = np.sort(self.lengths())
+        return min(limit, int(lengths[-num_groups:].sum() if num_groups else lengths.sum()))
+
     def select(self, numbers: Iterable[int]) -> Examples:
         """These groups, in this order."""
         chosen = list(numbers)

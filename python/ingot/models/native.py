@@ -34,7 +34,7 @@ from ingot.models.base import (
 )
 from ingot.models.grouping import assign_groups, check_optim, check_saved_optim
 from ingot.models.hf import write_folder
-from ingot.models.packing import check_seed, ids_array
+from ingot.models.packing import check_room, check_seed, ids_array
 from ingot.models.tables import check_state, parts_table
 
 
@@ -264,6 +264,7 @@ class NativeModel(Adapted):
     ) -> NativeDecoder:
         """See :meth:`ingot.models.base.Model.decoder`."""
         check_seed(seed)
+        check_room(max_tokens, max_sequences)
         core = _native.Decoder(
             self._core,
             max_tokens=max_tokens,

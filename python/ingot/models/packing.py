@@ -157,6 +157,13 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed must be between 0 and 2^64 - 1, got {seed}")
 
 
+def check_room(max_tokens: int, max_sequences: int) -> None:
+    """Refuse a decoder without room."""
+    for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences)):
+        if not 1 <= value < 1 << 63:
+            raise ConfigError(f"{name}: must be at least 1 and below 2^63, got {value}")
+
+
 def _check_offsets(
     offsets: LongArray,
     total: int,

@@ -1,4 +1,4 @@
-"""What a run costs in time and memory, before it starts: a few steps of its own shape, timed on its own batches."""
+"""What a run costs, before it starts: a few steps of its own shape, timed on its own batches."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import time
 from collections.abc import Callable
 
 from ingot.configs import ModelConfig
-from ingot.errors import ConfigError, RunError
+from ingot.errors import ConfigError
 
-# A started process, its libraries and the batch itself.
-_BASE_BYTES = 150_000_000
 # Of a time budget: left for samples, for the machine's moods, and at most for measuring the held-out loss.
 _RESERVED_SHARE = 0.04
 _EVALUATION_SHARE = 0.1
@@ -20,7 +18,7 @@ _WRITE_BYTES_PER_S = 300e6
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds of a run's parts on this machine."""
+    """Seconds of a run's parts on this machine, and its memory."""
 
     step_s: float
     """One optimizer step."""
@@ -28,6 +26,8 @@ class Cost:
     """One measurement of the held-out loss."""
     save_s: float
     """One checkpoint (estimated from its size)."""
+    memory_bytes: int
+    """Held at the peak: counted (:mod:`ingot.training.memory`), or what has been held already where that is more."""
 
     def total_s(self, steps: int, evaluations: int, saves: int) -> float:
         """Seconds of this much of a run."""
@@ -63,36 +63,6 @@ def timed(function: Callable[[], object], budget_s: float) -> float:
 def save_estimate_s(config: ModelConfig) -> float:
     """Seconds of a checkpoint: weights and both moments, written and hashed."""
     return 0.05 + 12.0 * config.num_parameters / _WRITE_BYTES_PER_S
-
-
-def memory_estimate(config: ModelConfig, batch_tokens: int, num_trained: int | None = None) -> float:
-    """Bytes for weights, gradients, moments and the activations of one batch, from shapes alone.
-
-    With ``num_trained``, an adapter of so many parameters is trained and the weights below it are not.
-
-    Kept per token and layer are the residual stream twice, queries, keys, values, the attention's output and the MLP's inner layer.
-    """
-    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads or 0
-    inner = (2 if config.activation == "swiglu" else 1) * (config.intermediate_size or 0)
-    kept = 2 * config.hidden_size + (2 * heads + 2 * key_value_heads) * (config.head_dim or 0) + inner
-    trained = 16.0 * config.num_parameters if num_trained is None else 4.0 * config.num_parameters + 16.0 * num_trained
-    return _BASE_BYTES + trained + 4.0 * batch_tokens * kept * config.num_hidden_layers
-
-
-def require_memory(config: ModelConfig, batch_tokens: int, limit: int, num_trained: int | None = None) -> None:
-    """Refuse a run that cannot fit.
-
-    Raises
-    ------
-    RunError
-        It needs more than ``limit`` bytes.
-    """
-    needed = memory_estimate(config, batch_tokens, num_trained)
-    if needed > limit:
-        raise RunError(
-            f"this run needs about {needed / 1e9:.1f} GB of memory and {limit / 1e9:.1f} GB are there: lower "
-            "--per-device-train-batch-size (with more --gradient-accumulation-steps), --max-length or the network's size"
-        )
 
 
 def fit_to_time(

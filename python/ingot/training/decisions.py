@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ingot.configs import RunConfig, parse_duration
 from ingot.environment import memory_limit, peak_memory
 from ingot.training.cost import Cost, Probe, fit_to_time, save_estimate_s
+from ingot.training.memory import Held, memory_estimate
 from ingot.training.progress import Display, duration
 
 if TYPE_CHECKING:
@@ -34,8 +36,16 @@ def decide(
     *,
     steps_per_epoch: float,
     default_steps: int,
+    held: Sequence[Held],
 ) -> tuple[Decisions, Cost]:
-    """Settle what is open; what is ``known`` from an earlier start of the run stays. ``default_steps`` where no length is given.
+    """Settle what is open; what is ``known`` from an earlier start of the run stays.
+
+    Parameters
+    ----------
+    default_steps
+        Where no length is given.
+    held
+        The run's networks.
 
     Raises
     ------
@@ -58,7 +68,12 @@ def decide(
     eval_steps = int(known.get("eval_steps", config.eval_steps or -(-max_steps // 10)))
     save_steps = int(known.get("save_steps", config.save_steps or eval_steps))
     used = probe.evaluation_batches if eval_batches is None else min(probe.evaluation_batches, eval_batches)
-    cost = Cost(step_s=probe.step_s, evaluation_s=probe.evaluation_batch_s * used, save_s=save_s)
+    cost = Cost(
+        step_s=probe.step_s,
+        evaluation_s=probe.evaluation_batch_s * used,
+        save_s=save_s,
+        memory_bytes=max(memory_estimate(*held), peak_memory()),
+    )
     return Decisions(max_steps, eval_steps, save_steps, eval_batches), cost
 
 
@@ -74,7 +89,6 @@ def plan_of(decisions: Decisions, cost: Cost) -> dict[str, Any]:
         **dataclasses.asdict(decisions),
         "expected_s": expected_s(decisions, cost),
         **dataclasses.asdict(cost),
-        "memory_bytes": peak_memory(),
     }
 
 
@@ -122,7 +136,7 @@ def announce(
     display.say(
         f"cost      about {duration(expected_s(decisions, cost, done))}: steps {duration(remaining * cost.step_s)} at {probe.step_tokens / cost.step_s:,.0f} "
         f"tokens/s, held-out losses {duration(evaluations * cost.evaluation_s)}, timed just now on the run's first batch; "
-        f"memory about {peak_memory() / 1e9:.2f} of {memory_limit() / 1e9:.1f} GB"
+        f"memory about {cost.memory_bytes / 1e9:.2f} of {memory_limit() / 1e9:.1f} GB"
     )
     if config.eval_batches is None and decisions.eval_batches is not None:
         display.say(

@@ -47,9 +47,9 @@ from ingot.training.rollouts import (
 )
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
-from ingot.training.teaching import Lessons, make_student, prepare_lessons, student_shape
-from ingot.training.trainer import Trainer, TrainingResult, measure
-from ingot.training.verdicts import Verdict, write_verdict
+from ingot.training.teaching import Lessons, held, make_student, prepare_lessons, student_shape
+from ingot.training.trainer import Stopped, Trainer, TrainingResult, measure
+from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
@@ -120,7 +120,13 @@ def _decide(
     probe = dataclasses.replace(probe, step_tokens=max(1, tokens[0]))
     epoch = -(-len(lessons.prompts.train) // config.per_device_train_batch_size)
     decisions, cost = decide(
-        config, student, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch
+        config,
+        student,
+        probe,
+        known,
+        steps_per_epoch=epoch,
+        default_steps=_DEFAULT_EPOCHS * epoch,
+        held=held(config, lessons, student.config),
     )
     announce(
         config,
@@ -294,10 +300,6 @@ def _distances(first: Floats, second: Floats, rollouts: Rollouts) -> Float64:
 # ---- the run
 
 
-class _Stopped(Exception):
-    """Sampling was given up, since the run was asked to stop."""
-
-
 class _Run(Trainer[DistillConfig]):
     """The loop and its parts."""
 
@@ -351,9 +353,8 @@ class _Run(Trainer[DistillConfig]):
                 if state.step >= total:
                     break
                 # A step that was given up has changed nothing: it is drawn again when the run goes on.
-                with contextlib.suppress(_Stopped):
+                with contextlib.suppress(Stopped):
                     self.train_step()
-        self.judge()
         self.finish()
 
     def train_step(self) -> None:
@@ -370,11 +371,6 @@ class _Run(Trainer[DistillConfig]):
             shown["time/episodes_per_s"] = len(rollouts) / (time.perf_counter() - began)
             self.log(epoch, info.grad_norm, rate, **shown)
 
-    def alive(self, done: int, total: int) -> None:
-        """Where the drawing of answers is given up."""
-        if self.stop.requested:
-            raise _Stopped
-
     def evaluate(self) -> None:
         """How far student and teacher are apart on held-out prompts, each on its own answers; the best weights so far are kept."""
         state, config = self.state, self.config
@@ -385,7 +381,7 @@ class _Run(Trainer[DistillConfig]):
         try:
             said = self.answer(self.model, _HELD_OUT_STREAM)
             self.taught = self.taught or self.answer(self.teacher, _TEACHER_STREAM)
-        except _Stopped:
+        except Stopped:
             return
         taught = self.taught
         read = _read_by(self.teacher, self.lessons, said), _read_by(self.model, self.lessons, taught)
@@ -434,13 +430,10 @@ class _Run(Trainer[DistillConfig]):
         seed = mix(self.config.seed, stream)
         return _answers(self.config, self.lessons, model, self.held_out, seed, progress=self.alive)
 
-    def judge(self) -> None:
-        """The verdict, which the next stage reads."""
+    def verdict(self) -> Verdict:
+        """Of the weights that the folder holds."""
         name = "reverse_kl" if self.config.lmbda >= 0.5 else "forward_kl"
-        found = verdict_of(self.folder.metrics.read(), self.state.best_step, name)
-        self.display.stop()
-        self.guarded(lambda: write_verdict(self.folder.path, found))
-        self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
+        return verdict_of(self.folder.metrics.read(), self.state.best_step, name)
 
 
 def _rules() -> tuple[Rule, ...]:

@@ -40,10 +40,10 @@ from ingot.models.hf import open_folder
 from ingot.models.reference import reference_of
 from ingot.tokenizer import Tokenizer
 from ingot.training.callbacks import Callback
-from ingot.training.cost import Cost, require_memory
+from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
-from ingot.training.lora import num_trained
+from ingot.training.memory import Held, learner, require_memory
 from ingot.training.phases import RowsPhase
 from ingot.training.preference_checks import pair_accuracy, rules, separation, verdict_of
 from ingot.training.preferences import (
@@ -61,7 +61,7 @@ from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.synced_reference import SyncedReference
 from ingot.training.trainer import Trainer, TrainingResult, measure
-from ingot.training.verdicts import write_verdict
+from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Context
@@ -133,8 +133,23 @@ def _make_model(config: DPOConfig, preferences: Preferences, known: ModelConfig 
     if known is not None:
         return Model(known, seed=config.seed, **config.place)
     shape = _start_shape(config)
-    require_memory(shape, preferences.pack_length, memory_limit(), num_trained(config, shape))
+    require_memory(memory_limit(), *_held(config, preferences, shape))
     return _start(config, preferences, config.model)
+
+
+def _held(
+    config: DPOConfig, preferences: Preferences, shape: ModelConfig, *, resumed: bool = False
+) -> tuple[Held, ...]:
+    """What the run holds in memory: the policy, and the reference, which is another network where :func:`_make_reference` loads one."""
+    limit = preferences.pack_length
+    read = max(part.most_tokens(None, limit) for part in (preferences.train, preferences.held_out))
+    batch = preferences.train.most_tokens(config.per_device_train_batch_size, limit)
+    policy = learner(config, shape, batch, reference=True, read_tokens=read)
+    if config.reference_model is None and not resumed:
+        return (policy,)
+    other = shape if config.reference_model is None else open_folder(config.reference_model).config
+    policy = learner(config, shape, batch, read_tokens=read)
+    return policy, Held(other, num_copies=2 if config.sync_ref_model else 1, read_tokens=read)
 
 
 def _make_reference(
@@ -203,7 +218,15 @@ def _decide(
         preferences.count_held_out_packs(config.seed),
     )
     epoch = preferences.batches.steps_per_epoch
-    decisions, cost = decide(config, model, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch)
+    decisions, cost = decide(
+        config,
+        model,
+        probe,
+        known,
+        steps_per_epoch=epoch,
+        default_steps=_DEFAULT_EPOCHS * epoch,
+        held=_held(config, preferences, model.config, resumed=done > 0),
+    )
     facts = preferences.facts
     announce(
         config,
@@ -539,7 +562,6 @@ class _Run(Trainer[DPOConfig]):
                 if state.step >= total:
                     break
                 self.train_step()
-        self.judge()
         self.finish()
 
     def train_step(self) -> None:
@@ -687,13 +709,10 @@ class _Run(Trainer[DPOConfig]):
         lines = self.folder.samples.read()[: len(self.prompts)]
         return [line["completion"] for line in lines] if all(line["step"] == 0 for line in lines) else []
 
-    def judge(self) -> None:
-        """The verdict, which the next stage reads."""
+    def verdict(self) -> Verdict:
+        """Of the weights that the folder holds."""
         single = any(isinstance(row, UnpairedPreference) for row in self.preferences.held_out.rows)
-        found = verdict_of(self.folder.metrics.read(), self.state.best_step, verdicts=single)
-        self.display.stop()
-        self.guarded(lambda: write_verdict(self.folder.path, found))
-        self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
+        return verdict_of(self.folder.metrics.read(), self.state.best_step, verdicts=single)
 
 
 def _implicit_rewards(config: DPOConfig, answers: _Answers) -> Float64:

@@ -30,7 +30,7 @@ from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Draw, Experience, gather
 from ingot.training.groups import Lesson, make_lesson, punish_length, right_and_wrong, signal
 from ingot.training.lora import load_trained_state, trained_state
-from ingot.training.online import OnlineTrainer, Stopped
+from ingot.training.online import OnlineTrainer
 from ingot.training.policy_alarms import group_rule, policy_rules
 from ingot.training.progress import Display
 from ingot.training.prompts import Rows
@@ -41,7 +41,7 @@ from ingot.training.sampling_phase import SamplingPhase
 from ingot.training.scores import TokenScorer
 from ingot.training.setup import Given, Setup, prepare
 from ingot.training.state import State
-from ingot.training.trainer import TrainingResult, make_optimizer
+from ingot.training.trainer import Stopped, TrainingResult, make_optimizer
 
 _DEFAULT_UPDATES = 200
 _MINIBATCH_STREAM = 3
@@ -112,7 +112,9 @@ def _decide(
     )
     epoch = len(setup.prompts.train) / config.num_prompts
     updates = _DEFAULT_UPDATES if config.total_episodes is None else -(-config.total_episodes // size)
-    decisions, cost = decide(config, policy, probe, known, steps_per_epoch=epoch, default_steps=updates)
+    decisions, cost = decide(
+        config, policy, probe, known, steps_per_epoch=epoch, default_steps=updates, held=setup.held
+    )
     facts = setup.facts
     display.say(
         f"method    {config.loss_type}: advantages by {method.advantage_estimator}, "

@@ -35,15 +35,14 @@ from ingot.training.runs import RunFolder
 from ingot.training.setup import Setup
 from ingot.training.state import State
 from ingot.training.synced_reference import SyncedReference
-from ingot.training.trainer import Trainer, resume_command
-from ingot.training.verdicts import Verdict, write_verdict
+from ingot.training.trainer import Stopped, Trainer, resume_command
+from ingot.training.verdicts import Verdict
 
 OnlineT = TypeVar("OnlineT", bound=OnlineConfig)
 
 _HELD_OUT_STREAM = 7
 _GATE_STREAM = 8
 _GATE_PROMPTS = 64
-_SIGN_OF_LIFE_S = 0.2
 _WATCHED = ("score", "judge", "gold")
 _LABELS = {
     "score": "proxy (trained against)",
@@ -52,10 +51,6 @@ _LABELS = {
     "kl": "KL to the start, nats an answer",
     "eos_rate": "share of answers that end",
 }
-
-
-class Stopped(Exception):
-    """Sampling was given up, since the run was asked to stop."""
 
 
 class OnlineTrainer(Trainer[OnlineT]):
@@ -106,7 +101,6 @@ class OnlineTrainer(Trainer[OnlineT]):
         }
         """What the model answered at the start, by prompt."""
         self._figures: tuple[str, ...] = ()
-        self._alive_s = -math.inf
 
     # ---- rollouts
 
@@ -144,15 +138,6 @@ class OnlineTrainer(Trainer[OnlineT]):
             progress=self.alive,
         )
         return experience, Draw(draw.position + num_prompts, draw.episode + num_prompts * num_generations)
-
-    def alive(self, done: int, total: int) -> None:
-        """A sign of life while answers are drawn, and the place where that is given up."""
-        if self.stop.requested:
-            raise Stopped
-        now = time.perf_counter()
-        if now - self._alive_s >= _SIGN_OF_LIFE_S:
-            self._alive_s = now
-            self.display.update(self.status(None))
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -306,14 +291,6 @@ class OnlineTrainer(Trainer[OnlineT]):
                 self.show_sample(f"{prompt}\n{completion}")
 
     # ---- the end
-
-    def finish(self) -> None:
-        """The verdict, then curves, card, and the mark that the run is done."""
-        verdict = self.verdict()
-        if verdict is not None:
-            self.guarded(lambda: write_verdict(self.folder.path, verdict))
-            self.display.say(f"verdict   {'passed' if verdict.passed else 'did not pass'}: {verdict.text}")
-        super().finish()
 
     def verdict(self) -> Verdict | None:
         """Whether the exported weights answer held-out prompts better than those that the run began with. None where nothing is held out."""

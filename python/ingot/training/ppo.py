@@ -19,6 +19,7 @@ import numpy as np
 
 from ingot.configs import PPOConfig, RunConfig
 from ingot.data.batches import Cursor, mix
+from ingot.environment import memory_limit
 from ingot.losses.advantages import generalized_advantages, token_rewards, whiten
 from ingot.losses.kl import AdaptiveKLController, FixedKLController, KLController, kl_loss
 from ingot.losses.numerics import Float64, Floats, Metrics, f64
@@ -30,14 +31,15 @@ from ingot.losses.policy import (
     truncated_importance_weights,
     value_loss,
 )
-from ingot.models.base import FloatArray, StepInfo
+from ingot.models.base import FloatArray, Model, StepInfo
 from ingot.training.actor_critic import ActorCritic
 from ingot.training.callbacks import Callback
 from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.experience import Experience, gather
 from ingot.training.lora import load_trained_state, trained_state
-from ingot.training.online import OnlineTrainer, Stopped
+from ingot.training.memory import Held, require_memory
+from ingot.training.online import OnlineTrainer
 from ingot.training.policy_alarms import critic_rules, policy_rules, tax_rule
 from ingot.training.pretraining_mix import PretrainingMix
 from ingot.training.progress import Display
@@ -49,7 +51,7 @@ from ingot.training.sampling_phase import SamplingPhase
 from ingot.training.scores import TokenScorer
 from ingot.training.setup import Given, Setup, prepare
 from ingot.training.state import State
-from ingot.training.trainer import TrainingResult
+from ingot.training.trainer import Stopped, TrainingResult
 
 _DEFAULT_UPDATES = 200
 _MINIBATCH_STREAM = 3
@@ -105,8 +107,31 @@ class _Setup(Setup):
 def _prepare(config: PPOConfig, given: Given, display: Display) -> _Setup:
     setup = prepare(config, given, display, num_values=int(config.critic == "shared"))
     ptx = PretrainingMix.open(config, setup.encoder.tokenizer, display)
-    parts = vars(setup) | {"facts": setup.facts | (ptx.facts if ptx else {})}
-    return _Setup(**parts, actors=ActorCritic.start(config, setup), ptx=ptx)
+    actors = ActorCritic.start(config, setup)
+    held = _held(config, setup, actors.critic)
+    require_memory(memory_limit(), *held)
+    parts = vars(setup) | {"facts": setup.facts | (ptx.facts if ptx else {}), "held": held}
+    return _Setup(**parts, actors=actors, ptx=ptx)
+
+
+def _held(config: PPOConfig, setup: Setup, critic: Model | None) -> tuple[Held, ...]:
+    """Also a critic of its own, and the passes over pretraining text."""
+    policy, *others = setup.held
+    if config.ptx_data:
+        policy = dataclasses.replace(
+            policy, batch_tokens=max(policy.batch_tokens, config.ptx_batch_size * config.ptx_length)
+        )
+    if critic is not None:
+        adapter = critic.active_adapter
+        others.append(
+            Held(
+                critic.config,
+                num_copies=int(adapter is None),
+                num_trained=critic.num_parameters if adapter is None else critic.adapters[adapter].num_parameters,
+                batch_tokens=policy.batch_tokens,
+            )
+        )
+    return policy, *others
 
 
 def _decide(
@@ -149,7 +174,9 @@ def _decide(
     )
     epoch = len(setup.prompts.train) / size
     updates = _DEFAULT_UPDATES if config.total_episodes is None else -(-config.total_episodes // size)
-    decisions, cost = decide(config, setup.policy, probe, known, steps_per_epoch=epoch, default_steps=updates)
+    decisions, cost = decide(
+        config, setup.policy, probe, known, steps_per_epoch=epoch, default_steps=updates, held=setup.held
+    )
     facts = setup.facts
     announce(
         config,

@@ -16,12 +16,16 @@ from ingot.errors import ConfigError, DataError, RunError
 from ingot.models import Model, load_model
 from ingot.models.hf import open_folder, require_writer
 from ingot.tokenizer import Tokenizer
-from ingot.training.cost import require_memory
+from ingot.training.memory import Held, require_memory
 from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
+
+_REMEDY = (
+    "lower --per-device-train-batch-size (with more --gradient-accumulation-steps), --max-length or the network's size"
+)
 
 Data = Corpus | Iterable[str | bytes] | None
 """Text given by a program instead of paths."""
@@ -123,6 +127,12 @@ def settle_length(config: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(config, max_length=length)
 
 
+def held(config: PretrainConfig, shape: ModelConfig) -> Held:
+    """The network, with the passes of a step."""
+    tokens = config.per_device_train_batch_size * config.sequence_length
+    return Held(shape, num_trained=shape.num_parameters, batch_tokens=tokens)
+
+
 def make_model(config: PretrainConfig, tokenizer: Tokenizer, known: dict[str, Any] | None) -> ModelProtocol:
     """The network: new, or that of ``config.model``; of shape ``known`` for a run whose weights are restored from a checkpoint.
 
@@ -148,7 +158,7 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer, known: dict[str, An
             if known
             else config.architecture.resolve(tokenizer.vocab_size, config.sequence_length)
         )
-        require_memory(shape, config.per_device_train_batch_size * config.sequence_length, memory_limit())
+        require_memory(memory_limit(), held(config, shape), remedy=_REMEDY)
         model = Model(shape, seed=config.seed, precision=config.precision, **place)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(

@@ -21,7 +21,7 @@ from ingot.training.checkpoints import newest_usable
 from ingot.training.cost import Cost, Probe
 from ingot.training.decisions import Decisions, announce, decide, plan_of
 from ingot.training.phases import carry_out, reopened
-from ingot.training.preparation import Data, Text, make_model, prepare_text, settle_length
+from ingot.training.preparation import Data, Text, held, make_model, prepare_text, settle_length
 from ingot.training.progress import Display, make_display
 from ingot.training.runs import RunFolder
 from ingot.training.samples import choose_prompt, write_sample
@@ -135,7 +135,15 @@ def _decide(
     """Time the run's first batch, settle what is open, and say it."""
     probe = _probe(config, text, model)
     epoch = text.batches.steps_per_epoch()
-    decisions, cost = decide(config, model, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_STEPS)
+    decisions, cost = decide(
+        config,
+        model,
+        probe,
+        known,
+        steps_per_epoch=epoch,
+        default_steps=_DEFAULT_STEPS,
+        held=(held(config, model.config),),
+    )
     facts = text.facts
     announce(
         config,

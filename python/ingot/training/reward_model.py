@@ -38,11 +38,11 @@ from ingot.models import Model, load_model
 from ingot.models.hf import open_folder
 from ingot.training.alarms import Rule, above, below
 from ingot.training.callbacks import Callback
-from ingot.training.cost import Cost, require_memory
+from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstrations import Rows
 from ingot.training.label_figures import compare_labels, label_figures, nothing_compared, verdict_of_labels
-from ingot.training.lora import num_trained
+from ingot.training.memory import Held, learner, require_memory
 from ingot.training.phases import RowsPhase
 from ingot.training.progress import Display
 from ingot.training.rankings import Judgement, Rankings, labels_of, lists_of, pairs_of, prepare_rankings
@@ -60,7 +60,7 @@ from ingot.training.runs import RunFolder
 from ingot.training.setup import zero_heads
 from ingot.training.state import State
 from ingot.training.trainer import Trainer, TrainingResult, measure
-from ingot.training.verdicts import Verdict, write_verdict
+from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import IntArray
@@ -133,11 +133,23 @@ def _make_model(config: RewardConfig, rankings: Rankings, known: ModelConfig | N
             f"{config.model}: the tokenizer has {num_ids} tokens but the model only {saved.vocab_size}: they do not belong together"
         )
     shape = dataclasses.replace(saved, dropout=0.0)
-    require_memory(shape, rankings.pack_length, memory_limit(), num_trained(config, shape, heads))
+    require_memory(memory_limit(), _held(config, rankings, shape))
     model = load_model(config.model, seed=config.seed, num_values=heads, dropout=0.0, **config.place)
     if config.head_init == "zero":
         zero_heads(model)
     return model
+
+
+def _held(config: RewardConfig, rankings: Rankings, shape: ModelConfig) -> Held:
+    """What the run holds in memory."""
+    limit = rankings.pack_length
+    return learner(
+        config,
+        shape,
+        rankings.train.examples.most_tokens(config.per_device_train_batch_size, limit),
+        num_values=len(rankings.criteria),
+        read_tokens=rankings.held_out.examples.most_tokens(None, limit),
+    )
 
 
 def _decide(
@@ -171,7 +183,15 @@ def _decide(
         rankings.count_held_out_packs(config.seed),
     )
     epoch = rankings.batches.steps_per_epoch
-    decisions, cost = decide(config, model, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch)
+    decisions, cost = decide(
+        config,
+        model,
+        probe,
+        known,
+        steps_per_epoch=epoch,
+        default_steps=_DEFAULT_EPOCHS * epoch,
+        held=(_held(config, rankings, model.config),),
+    )
     heads = "" if rankings.criteria == (UNNAMED,) else f"; a head for each of {', '.join(rankings.criteria)}"
     announce(
         config,
@@ -469,15 +489,6 @@ class _Run(Trainer[RewardConfig]):
     def write_model(self, losses: dict[str, float | None]) -> None:
         """A classifier as transformers has them, at the top of the run's folder."""
         self.folder.export(self.reward_model(), self.tokenizer, self.card(losses, self.state.step), self.encoder)
-
-    def finish(self) -> None:
-        """Also say what the model at the top of the folder is worth, and write it down for the next phase."""
-        if self.state.best_step is None:
-            self.guarded(lambda: self.write_model({}))
-        verdict = self.verdict()
-        self.guarded(lambda: write_verdict(self.folder.path, verdict))
-        super().finish()
-        self.display.say(f"verdict   {'passed' if verdict.passed else 'did not pass'}: {verdict.text}")
 
     @property
     def in_steps(self) -> bool:

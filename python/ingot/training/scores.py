@@ -35,6 +35,7 @@ from ingot.training.prompts import Prompt
 from ingot.training.rewards import RewardFunction, RewardFunctions, completion_like
 
 if TYPE_CHECKING:
+    from ingot.models.base import Model
     from ingot.models.sharing import SharedBase
     from ingot.training.rollouts import Rollouts
 
@@ -195,6 +196,12 @@ class Scorers:
             source = RewardModel.load(source, base=base, **self._config.place)
         source.require_tokens_of(self._encoder.chat or self._encoder.tokenizer, self._config.model)
         return source
+
+    @property
+    def networks(self) -> list[Model]:
+        """Those that score and are known to be networks."""
+        scorers = [*(model for model, _ in self._models), *([] if self._judge is None else [self._judge])]
+        return [scorer.model for scorer in scorers if isinstance(scorer, RewardModel)]
 
     @property
     def reward_model(self) -> RewardModel:

@@ -20,8 +20,8 @@ from ingot.models.hf import open_folder
 from ingot.models.reference import reference_of
 from ingot.models.sharing import SharedBase
 from ingot.tokenizer import Tokenizer
-from ingot.training.cost import require_memory
-from ingot.training.lora import attach_adapter, num_trained
+from ingot.training.lora import attach_adapter
+from ingot.training.memory import Held, learner, require_memory
 from ingot.training.progress import Display
 from ingot.training.prompts import Prompts, Rows, load_prompts
 from ingot.training.rewards import RewardFunction
@@ -67,6 +67,8 @@ class Setup:
     temperature: float
     max_sequences: int
     pack_length: int
+    held: tuple[Held, ...]
+    """What all of these hold in memory, the policy first."""
     facts: dict[str, Any]
     """For run.json and the card."""
 
@@ -132,13 +134,30 @@ def prepare(config: OnlineConfig, given: Given, display: Display, *, num_values:
         raise ConfigError(
             f"pack_length {pack_length} is below the {longest} tokens of the longest prompt with its answer: raise it"
         )
-    require_memory(saved.config, pack_length, memory_limit(), num_trained(config, saved.config, num_values))
+    read = min(pack_length, config.per_device_train_batch_size * longest)
+    policy_held = learner(
+        config,
+        saved.config,
+        min(pack_length, config.minibatch_size * longest),
+        num_values=num_values,
+        reference=True,
+        read_tokens=read,
+        num_sequences=min(config.max_sequences, config.per_device_train_batch_size),
+        sequence_tokens=longest,
+    )
+    # Before anything is loaded; then with all that is.
+    require_memory(memory_limit(), policy_held)
     # An adapter has heads of its own.
     policy = load_policy(config, 0 if config.lora_rank else num_values)
     # Before there is an adapter: what is trained then leaves the weights alone that the two share, and there is one copy to the end.
     reference = reference_of(policy)
     base = SharedBase(policy, config.model, display.say)
     scorers.load_models(base)
+    scoring = [
+        Held(model.config, num_copies=int(model.active_adapter is None), read_tokens=read) for model in scorers.networks
+    ]
+    held = (policy_held, *scoring)
+    require_memory(memory_limit(), *held)
     facts = {
         **prompts.facts,
         "tokenizer_hash": tokenizer.hash,
@@ -158,6 +177,7 @@ def prepare(config: OnlineConfig, given: Given, display: Display, *, num_values:
         temperature=config.temperature,
         max_sequences=config.max_sequences,
         pack_length=pack_length,
+        held=held,
         facts=facts,
     )
 

@@ -27,17 +27,17 @@ from ingot.models.growth import grow_vocabulary
 from ingot.models.hf import open_folder
 from ingot.tokenizer import Tokenizer
 from ingot.training.callbacks import Callback
-from ingot.training.cost import Cost, require_memory
+from ingot.training.cost import Cost
 from ingot.training.decisions import Decisions, announce, decide
 from ingot.training.demonstration_checks import rules, share_within, verdict_of
 from ingot.training.demonstrations import Demonstrations, Rows, prepare_demonstrations
-from ingot.training.lora import num_trained
+from ingot.training.memory import Held, learner, require_memory
 from ingot.training.phases import RowsPhase
 from ingot.training.progress import Display
 from ingot.training.runs import RunFolder
 from ingot.training.state import State
 from ingot.training.trainer import Trainer, TrainingResult, measure
-from ingot.training.verdicts import write_verdict
+from ingot.training.verdicts import Verdict
 
 if TYPE_CHECKING:
     from ingot.models.base import Model as ModelProtocol
@@ -104,7 +104,7 @@ def _make_model(config: SFTConfig, demonstrations: Demonstrations, known: ModelC
             f"{config.model}: the tokenizer has {num_known} tokens but the model only {shape.vocab_size}: they do not belong together"
         )
     shape = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, num_ids), dropout=config.dropout)
-    require_memory(shape, demonstrations.pack_length, memory_limit(), num_trained(config, shape))
+    require_memory(memory_limit(), _held(config, demonstrations, shape))
     base = load_model(config.model, **config.place)
     if base.config == shape and num_ids == num_known:
         return base
@@ -113,6 +113,17 @@ def _make_model(config: SFTConfig, demonstrations: Demonstrations, known: ModelC
     state = grow_vocabulary(base.state(), num_known=num_known, num_ids=num_ids, seed=config.seed, frozen=frozen)
     model.load_state(state)
     return model
+
+
+def _held(config: SFTConfig, demonstrations: Demonstrations, shape: ModelConfig) -> Held:
+    """What the run holds in memory."""
+    limit = demonstrations.pack_length
+    return learner(
+        config,
+        shape,
+        demonstrations.train.most_tokens(config.per_device_train_batch_size, limit),
+        read_tokens=demonstrations.held_out.most_tokens(None, limit),
+    )
 
 
 def _decide(
@@ -145,7 +156,15 @@ def _decide(
         demonstrations.count_held_out_packs(config.seed),
     )
     epoch = demonstrations.batches.steps_per_epoch
-    decisions, cost = decide(config, model, probe, known, steps_per_epoch=epoch, default_steps=_DEFAULT_EPOCHS * epoch)
+    decisions, cost = decide(
+        config,
+        model,
+        probe,
+        known,
+        steps_per_epoch=epoch,
+        default_steps=_DEFAULT_EPOCHS * epoch,
+        held=(_held(config, demonstrations, model.config),),
+    )
     facts = demonstrations.facts
     announce(
         config,
@@ -258,7 +277,6 @@ class _Run(Trainer[SFTConfig]):
                 if state.step >= total:
                     break
                 self.train_step()
-        self.judge()
         self.finish()
 
     def train_step(self) -> None:
@@ -350,10 +368,10 @@ class _Run(Trainer[SFTConfig]):
         self.show_sample(answers[0].prompt + answers[0].text)
         return sum(answer.finish_reason != "length" for answer in answers) / len(answers)
 
-    def judge(self) -> None:
-        """The verdict, which the next stage reads."""
+    def verdict(self) -> Verdict:
+        """Of the weights that the folder holds."""
         demonstrations, max_tokens = self.demonstrations, self.config.sample_tokens
-        found = verdict_of(
+        return verdict_of(
             self.folder.metrics.read(),
             self.state.best_step,
             num_answers=len(self.prompts),
@@ -362,9 +380,6 @@ class _Run(Trainer[SFTConfig]):
                 demonstrations.held_out if len(demonstrations.held_out) else demonstrations.train, max_tokens
             ),
         )
-        self.display.stop()
-        self.guarded(lambda: write_verdict(self.folder.path, found))
-        self.display.say(f"verdict   {'passed' if found.passed else 'did not pass'}: {found.text}")
 
 
 _PHASE = RowsPhase(

@@ -16,11 +16,11 @@ from ingot.models import Model, load_model
 from ingot.models.base import IntArray
 from ingot.models.hf import open_folder
 from ingot.tokenizer import Tokenizer
-from ingot.training.cost import require_memory
 from ingot.training.demonstrations import Rows, encoder_of, require_unchanged
-from ingot.training.lora import num_trained
+from ingot.training.memory import Held, learner, require_memory
 from ingot.training.progress import Display
 from ingot.training.prompts import Prompts, load_prompts
+from ingot.training.rollouts import MAX_SEQUENCES
 from ingot.training.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -55,12 +55,22 @@ def student_shape(config: DistillConfig) -> ModelConfig:
     return shapes[0]
 
 
+def held(config: DistillConfig, lessons: Lessons, shape: ModelConfig) -> tuple[Held, Held]:
+    """What the run holds in memory: the student of this shape, and the teacher."""
+    longest, count = lessons.prompts.longest + config.max_new_tokens, config.per_device_train_batch_size
+    tokens = min(lessons.pack_length, count * longest)
+    slots = min(count, MAX_SEQUENCES)
+    student = learner(config, shape, tokens, num_sequences=slots, sequence_tokens=longest)
+    teacher = Held(lessons.teacher.config, read_tokens=tokens, num_sequences=slots, sequence_tokens=longest)
+    return student, teacher
+
+
 def make_student(config: DistillConfig, lessons: Lessons, known: ModelConfig | None) -> ModelProtocol:
     """The model to start from, without dropout; of shape ``known`` where weights are restored from a checkpoint."""
     if known is not None:
         return Model(known, seed=config.seed, **config.place)
     shape = student_shape(config)
-    require_memory(shape, lessons.pack_length, memory_limit(), num_trained(config, shape))
+    require_memory(memory_limit(), *held(config, lessons, shape))
     return load_model(config.model, dropout=0.0, **config.place)
 
 

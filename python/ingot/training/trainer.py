@@ -33,6 +33,7 @@ from ingot.training.progress import Display
 from ingot.training.runs import CARD_FILE, RunFolder
 from ingot.training.schedules import learning_rate, resolve_warmup
 from ingot.training.state import State
+from ingot.training.verdicts import Verdict, write_verdict
 
 if TYPE_CHECKING:
     from ingot.data.chat import ChatEncoder
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ingot.training.progress import Status
 
 _MAX_SKIPPED_IN_ROW = 10
+_SIGN_OF_LIFE_S = 0.2
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -208,6 +210,10 @@ def measure(
 # ---- while it runs
 
 
+class Stopped(Exception):
+    """Sampling was given up, since the run was asked to stop."""
+
+
 class Trainer(Generic[ConfigT]):
     """A run in progress: state, logs, checkpoints."""
 
@@ -242,6 +248,7 @@ class Trainer(Generic[ConfigT]):
         self.saved_step = state.step
         self.pace = Pace(cost, decisions, model, max_length, state.elapsed_s)
         self.stop = Interruption()
+        self._alive_s = -math.inf
         self.alarms = Alarms(rules, folder.metrics.read() if rules else ())
 
     def result(self) -> TrainingResult:
@@ -281,6 +288,15 @@ class Trainer(Generic[ConfigT]):
     def status(self, loss: float | None) -> Status:
         """For the display; without a loss it is a sign of life during something else than a step."""
         return self.pace.status(self.state.step, loss, self.state.eval_loss)
+
+    def alive(self, done: int, total: int) -> None:
+        """A sign of life while answers are drawn, and the place where that is given up."""
+        if self.stop.requested:
+            raise Stopped
+        now = time.perf_counter()
+        if now - self._alive_s >= _SIGN_OF_LIFE_S:
+            self._alive_s = now
+            self.display.update(self.status(None))
 
     def count_skipped(self, skipped: bool) -> None:
         """A step whose gradient is not finite changes nothing; many in a row end the run."""
@@ -413,13 +429,16 @@ class Trainer(Generic[ConfigT]):
             )
 
     def finish(self) -> None:
-        """Curves, card, and the mark that the run is done."""
+        """Verdict, curves, card, and the mark that the run is done. The last line says whether the next stage may build on it."""
         state, folder = self.state, self.folder
         self.display.stop()
         self.prune(state.step)
         if state.best_step is None:
             # Without a best model so far, the last one is the result.
             self.guarded(lambda: self.write_model({}))
+        verdict = self.verdict()
+        if verdict is not None:
+            self.guarded(lambda: write_verdict(folder.path, verdict))
         losses = {"held out, best": state.best_loss, "held out, last step": state.eval_loss}
         best_step = state.step if state.best_step is None else state.best_step
         self.guarded(lambda: write_file(folder.path / CARD_FILE, self.card(losses, best_step).encode()))
@@ -435,7 +454,13 @@ class Trainer(Generic[ConfigT]):
         else:
             self.display.say(f"{folder.path} holds the model; its curves are in {folder.path / 'curves.svg'}")
         self.display.say(f"the run on a page: ingot report {folder.path}")
+        if verdict is not None:
+            self.display.say(verdict.closing_line)
         self.notify(lambda callback, view: callback.on_end(view))
+
+    def verdict(self) -> Verdict | None:
+        """What the weights at the top of the run's folder are worth to the next stage; None where the phase does not judge them."""
+        return None
 
     def curves(self) -> bytes:
         """The picture of the run, as SVG."""

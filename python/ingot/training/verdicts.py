@@ -40,6 +40,13 @@ class Verdict:
         """All of it on one line."""
         return " ".join((*self.sentences, *([self.advice] if self.advice and not self.passed else [])))
 
+    @property
+    def closing_line(self) -> str:
+        """What a run ends with."""
+        if self.passed:
+            return f"verdict   passed: {self.text}"
+        return f"verdict   did not pass: {self.text} What builds on this model refuses it, unless --force is given."
+
 
 def write_verdict(folder: str | Path, verdict: Verdict) -> None:
     """Put it at the top of a run's folder."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ingot.errors import RunError
 from ingot.models.base import DecodeStep, FloatArray, IntArray, Sampling
 from ingot.models.drawing import draw
-from ingot.models.packing import check_banned, check_ids, check_seed, ids_array
+from ingot.models.packing import check_banned, check_ids, check_room, check_seed, ids_array
 from ingot.models.randomness import sampling_uniform
 from ingot.models.torch_backend.network import attention
 from ingot.models.torch_backend.statistics import Statistics
@@ -60,9 +60,7 @@ class TorchDecoder:
     ) -> None:
         check_seed(seed)
         config = model.config
-        for name, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences)):
-            if value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
+        check_room(max_tokens, max_sequences)
         if config.position == "learned" and max_tokens > config.max_position_embeddings:
             raise ValueError(
                 f"max_tokens: is {max_tokens}, but the learned positions end at max_position_embeddings = "
