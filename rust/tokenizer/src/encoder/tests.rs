@@ -128,53 +128,71 @@ fn merges_come_back_from_ranks_only_where_every_token_is_one_merge() {
 }
 
 #[test]
-fn short_pieces_are_remembered_until_newer_ones_push_them_out() {
-    let mut cache = ShortPieces::new();
-    let key = |number: u64| short_key(format!("piece {number:09}").as_bytes(), 0, 15);
-    assert_eq!(cache.get(key(0)), Known::Nothing);
-    assert!(cache.insert(key(0), &[(1 << 28) - 1, 2, 3]));
-    assert_eq!(
-        cache.get(key(0)),
-        Known::Tokens([(1 << 28) - 1, 2, 3, 0], 3)
-    );
-    assert!(!cache.insert(key(1), &[1, 2, 3, 4, 5]));
-    assert_eq!(cache.get(key(1)), Known::Many);
+fn pieces_are_remembered_until_newer_ones_push_them_out() {
+    let mut cache = PieceCache::new();
+    let piece = |number: u64| format!("piece {number:09}").into_bytes();
+    let key = |number: u64| key_of(&piece(number), 0, 15);
+    assert_eq!(cache.get(key(0)), None);
+    cache.insert(key(0), &piece(0), &[(1 << 28) - 1, 2, 3]);
+    assert_eq!(cache.get(key(0)), Some(([(1 << 28) - 1, 2, 3, 0], 3)));
+    assert_eq!(cache.get_stored(key(0), &piece(0)), None);
     // The table grows: what was there stays, until it is as large as it gets.
-    for number in 2..20_000 {
-        assert!(cache.insert(key(number), &[number as u32, 1]));
+    for number in 1..20_000 {
+        cache.insert(key(number), &piece(number), &[number as u32, 1]);
     }
-    let known = |cache: &ShortPieces, number: u64| {
+    let known = |cache: &PieceCache, number: u64| {
         let tokens = cache.get(key(number));
-        assert!(tokens == Known::Nothing || tokens == Known::Tokens([number as u32, 1, 0, 0], 2));
-        tokens != Known::Nothing
+        assert!(tokens.is_none() || tokens == Some(([number as u32, 1, 0, 0], 2)));
+        tokens.is_some()
     };
-    let kept = (2..20_000).filter(|&number| known(&cache, number)).count();
+    let kept = (1..20_000).filter(|&number| known(&cache, number)).count();
     assert!(kept > 16_000, "{kept}");
-    for number in 20_000..400_000 {
-        cache.insert(key(number), &[number as u32, 1]);
+    for number in 20_000..800_000 {
+        cache.insert(key(number), &piece(number), &[number as u32, 1]);
         assert!(known(&cache, number));
     }
-    let kept = (2..400_000).filter(|&number| known(&cache, number)).count();
-    assert!((100_000..=1 << 17).contains(&kept), "{kept}");
+    let kept = (1..800_000).filter(|&number| known(&cache, number)).count();
+    assert!((200_000..=1 << 18).contains(&kept), "{kept}");
 }
 
 #[test]
-fn long_pieces_are_remembered_until_the_table_starts_afresh() {
-    let mut cache = LongPieces::default();
-    let piece = |number: u32| format!("a piece that is rather long, number {number}").into_bytes();
-    for number in 0..300_000 {
-        cache.insert(&piece(number), &[number, 1]);
-        assert_eq!(cache.get(&piece(number)), Some(&[number, 1][..]));
+fn stored_pieces_are_remembered_until_the_store_starts_afresh() {
+    let mut cache = PieceCache::new();
+    // By turns longer than a key, and with more tokens than an entry has room for.
+    let piece = |number: u32| match number % 2 {
+        0 => format!("a piece that is rather long, number {number}").into_bytes(),
+        _ => format!("piece {number}").into_bytes(),
+    };
+    let tokens = |number: u32| vec![number; if number.is_multiple_of(2) { 2 } else { 7 }];
+    let key = |number: u32| key_of(&piece(number), 0, piece(number).len());
+    let short = b"short";
+    let short_key = key_of(short, 0, short.len());
+    cache.insert(short_key, short, &[5]);
+    for number in 0..500_000 {
+        cache.insert(key(number), &piece(number), &tokens(number));
+        let known = cache.get_stored(key(number), &piece(number));
+        assert_eq!(known, Some(&tokens(number)[..]));
+        assert_eq!(cache.get(key(number)), None);
         if number == 1000 {
-            let kept = (0..1000)
-                .filter(|&number| cache.get(&piece(number)) == Some(&[number, 1]))
-                .count();
-            assert!(kept > 600, "{kept}");
+            assert_eq!(cache.get(short_key), Some(([5, 0, 0, 0], 1)));
         }
     }
-    assert_eq!(cache.get(b"a piece that was never there"), None);
-    cache.insert(&[b'x'; 300], &[1]);
-    assert_eq!(cache.get(&[b'x'; 300]), None);
+    let kept = (0..500_000).filter(|&number| {
+        let known = cache.get_stored(key(number), &piece(number));
+        assert!(known.is_none() || known == Some(&tokens(number)[..]));
+        known.is_some()
+    });
+    let kept = kept.count();
+    assert!((10_000..200_000).contains(&kept), "{kept}");
+    // The same key is not yet the same piece.
+    assert!(cache.get_stored(key(499_998), &piece(499_998)).is_some());
+    assert_eq!(cache.get_stored(key(499_998), &piece(499_996)), None);
+    // What is too long is not kept.
+    let endless = [b'x'; 300];
+    let endless_key = key_of(&endless, 0, 300);
+    cache.insert(endless_key, &endless, &[1]);
+    assert_eq!(cache.get(endless_key), None);
+    assert_eq!(cache.get_stored(endless_key, &endless), None);
 }
 
 #[test]
