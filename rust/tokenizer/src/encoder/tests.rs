@@ -1,4 +1,9 @@
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
 
 use super::*;
 use crate::vocabulary::Parts;
@@ -48,22 +53,121 @@ fn listed(ignore_merges: bool) -> Vocabulary {
     })
 }
 
-/// The definition: look at every pair again after each merge.
+/// The definition, read from the vocabulary itself: look at every pair again after each merge.
 fn merge_slowly(vocabulary: &Vocabulary, piece: &[u8]) -> Vec<u32> {
-    let table = PairTable::new(vocabulary);
+    let tokens = vocabulary.ids();
     let mut ids: Vec<u32> = piece
         .iter()
         .map(|&byte| vocabulary.byte_ids()[usize::from(byte)])
         .collect();
+    let merge = |pair: &[u32]| {
+        let parts = [pair[0], pair[1]].map(|id| vocabulary.token(id).unwrap());
+        let &made = tokens.get(parts.concat().as_slice())?;
+        let priority = match vocabulary.rule() {
+            MergeRule::Ranks => made as usize,
+            MergeRule::Listed { merges, .. } => {
+                merges.iter().rposition(|&(l, r)| [l, r] == *pair)?
+            }
+        };
+        Some((priority, made))
+    };
     loop {
-        let merges = ids
-            .windows(2)
-            .enumerate()
-            .map(|(i, pair)| (table.get(pair[0], pair[1]), i));
-        let Some((merge, at)) = merges.min().filter(|&(merge, _)| merge != pair_table::NONE) else {
+        let merges = ids.windows(2).enumerate();
+        let earliest = merges.filter_map(|(at, pair)| Some((merge(pair)?, at)));
+        // The leftmost one among equals.
+        let Some(((_, made), at)) = earliest.min_by_key(|&((priority, _), at)| (priority, at))
+        else {
             return ids;
         };
-        ids.splice(at..at + 2, [pair_table::made(merge)]);
+        ids.splice(at..at + 2, [made]);
+    }
+}
+
+/// What [`Encoder::encode`] gives, piece by piece and from scratch.
+fn encode_slowly(vocabulary: &Vocabulary, text: &[u8]) -> Vec<u32> {
+    let whole_first = !matches!(
+        vocabulary.rule(),
+        MergeRule::Listed {
+            ignore_merges: false,
+            ..
+        }
+    );
+    let tokens = vocabulary.ids();
+    let pieces = vocabulary.pattern().pieces(text).into_iter();
+    let ids = pieces.flat_map(|(start, end)| {
+        let piece = &text[start..end];
+        match tokens.get(piece) {
+            Some(&id) if whole_first => vec![id],
+            _ => merge_slowly(vocabulary, piece),
+        }
+    });
+    ids.collect()
+}
+
+/// Bytes of Japanese kana and ideographs, of Latin text, and some that are no text.
+const FEW_BYTES: &[u8] = b"\xE3\x81\x82\x83\xE4\xB8\x80 ae\0\xFF";
+
+/// A vocabulary grown by joining tokens at random, its ids with gaps and its merges in any order.
+fn grown(joins: &[(prop::sample::Index, prop::sample::Index)], rule: u8) -> Vocabulary {
+    let mut tokens: BTreeMap<u32, Vec<u8>> = (0..=255u8)
+        .map(|byte| (u32::from(byte), vec![byte]))
+        .collect();
+    let mut usable: Vec<u32> = FEW_BYTES.iter().map(|&byte| u32::from(byte)).collect();
+    let mut merges = Vec::new();
+    for (left, right) in joins {
+        let (left, right) = (*left.get(&usable), *right.get(&usable));
+        let token = [&tokens[&left][..], &tokens[&right][..]].concat();
+        // Joining the same bytes again is one more merge for the same token.
+        if !tokens.values().any(|known| *known == token) {
+            let id = 300 + 3 * merges.len() as u32;
+            tokens.insert(id, token);
+            usable.push(id);
+        }
+        merges.push((left, right));
+    }
+    let rule = match rule {
+        0 => MergeRule::Ranks,
+        rule => {
+            if rule == 2 {
+                merges.reverse();
+            }
+            MergeRule::Listed {
+                merges,
+                ignore_merges: rule == 3,
+            }
+        }
+    };
+    Vocabulary::new(Parts {
+        pattern: Pattern::Gpt2,
+        rule,
+        tokens,
+        added: Vec::new(),
+    })
+    .unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn ids_follow_the_definition(
+        joins in vec(any::<(prop::sample::Index, prop::sample::Index)>(), 0..60),
+        rule in 0..4u8,
+        few in vec(select(FEW_BYTES), 0..120),
+        kana in vec(select(&["\u{3042}", "\u{3043}", "\u{4E00}", "a", " "][..]), 0..150),
+        all in vec(any::<u8>(), 0..120),
+    ) {
+        let vocabulary = grown(&joins, rule);
+        let encoder = Encoder::new(&vocabulary);
+        let all_bytes: Vec<u8> = (0..=255).collect();
+        for text in [few, kana.concat().into_bytes(), all, all_bytes] {
+            let expected = encode_slowly(&vocabulary, &text);
+            // The second time from memory.
+            for _ in 0..2 {
+                let ids = encoder.encode(&text, &Matcher::default(), &mut go_on).unwrap();
+                prop_assert_eq!(&ids, &expected);
+            }
+        }
     }
 }
 
