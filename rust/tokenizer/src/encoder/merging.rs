@@ -27,13 +27,7 @@ pub(super) fn merge_piece(
     scratch: &mut Scratch,
     out: &mut Vec<u32>,
 ) {
-    merge_with(
-        |left, right| table.get(left, right),
-        byte_ids,
-        piece,
-        scratch,
-        out,
-    );
+    merge_with(table, |merge| merge, byte_ids, piece, scratch, out);
 }
 
 /// As [`merge_piece`], but only with the merges of priority smaller than `rank`.
@@ -45,31 +39,37 @@ pub(super) fn merge_piece_below(
     scratch: &mut Scratch,
     out: &mut Vec<u32>,
 ) {
-    let early = |left, right| match table.get(left, right) {
-        merge if priority(merge) < u64::from(rank) => merge,
-        _ => NONE,
+    let early = |merge| {
+        if priority(merge) < u64::from(rank) {
+            merge
+        } else {
+            NONE
+        }
     };
-    merge_with(early, byte_ids, piece, scratch, out);
+    merge_with(table, early, byte_ids, piece, scratch, out);
 }
 
+/// `keep` gives each merge back, or [`NONE`] in its place.
 #[inline(always)]
 fn merge_with(
-    merge_of: impl Fn(u32, u32) -> Merge,
+    table: &PairTable,
+    keep: impl Fn(Merge) -> Merge,
     byte_ids: &[u32; 256],
     piece: &[u8],
     scratch: &mut Scratch,
     out: &mut Vec<u32>,
 ) {
     if piece.len() <= SHORT {
-        merge_short(merge_of, byte_ids, piece, out);
+        merge_short(table, keep, byte_ids, piece, out);
     } else {
-        merge_long(merge_of, byte_ids, piece, scratch, out);
+        merge_long(table, keep, byte_ids, piece, scratch, out);
     }
 }
 
 /// Quadratic in the length, but on arrays of at most [`SHORT`] entries.
 fn merge_short(
-    merge_of: impl Fn(u32, u32) -> Merge,
+    table: &PairTable,
+    keep: impl Fn(Merge) -> Merge,
     byte_ids: &[u32; 256],
     piece: &[u8],
     out: &mut Vec<u32>,
@@ -81,8 +81,8 @@ fn merge_short(
     for (id, &byte) in ids.iter_mut().zip(piece) {
         *id = byte_ids[usize::from(byte)];
     }
-    for i in 1..len {
-        merges[i - 1] = merge_of(ids[i - 1], ids[i]);
+    for (merge, pair) in merges.iter_mut().zip(piece.windows(2)) {
+        *merge = keep(table.get_bytes(pair[0], pair[1]));
     }
     while len > 1 {
         let mut best = NONE;
@@ -102,10 +102,10 @@ fn merge_short(
         len -= 1;
         merges[len - 1] = NONE;
         if at + 1 < len {
-            merges[at] = merge_of(ids[at], ids[at + 1]);
+            merges[at] = keep(table.get(ids[at], ids[at + 1]));
         }
         if at > 0 {
-            merges[at - 1] = merge_of(ids[at - 1], ids[at]);
+            merges[at - 1] = keep(table.get(ids[at - 1], ids[at]));
         }
     }
     out.extend_from_slice(&ids[..len]);
@@ -113,7 +113,8 @@ fn merge_short(
 
 /// Linked list and heap: n log n for any piece.
 fn merge_long(
-    merge_of: impl Fn(u32, u32) -> Merge,
+    table: &PairTable,
+    keep: impl Fn(Merge) -> Merge,
     byte_ids: &[u32; 256],
     piece: &[u8],
     scratch: &mut Scratch,
@@ -137,7 +138,8 @@ fn merge_long(
     ids.extend(piece.iter().map(|&byte| byte_ids[usize::from(byte)]));
     // merges[i]: how the token at i and its successor merge; NONE where no token starts any more.
     merges.clear();
-    merges.extend(ids.windows(2).map(|pair| merge_of(pair[0], pair[1])));
+    let pairs = piece.windows(2);
+    merges.extend(pairs.map(|pair| keep(table.get_bytes(pair[0], pair[1]))));
     merges.push(NONE);
     let known = merges
         .iter()
@@ -158,14 +160,14 @@ fn merge_long(
         merges[at] = NONE;
         if after < len {
             previous[after] = at;
-            merges[at] = merge_of(ids[at], ids[after]);
+            merges[at] = keep(table.get(ids[at], ids[after]));
             if merges[at] != NONE {
                 heap.push(Reverse((merges[at], at)));
             }
         }
         let before = previous[at];
         if before < len {
-            merges[before] = merge_of(ids[before], ids[at]);
+            merges[before] = keep(table.get(ids[before], ids[at]));
             if merges[before] != NONE {
                 heap.push(Reverse((merges[before], before)));
             }

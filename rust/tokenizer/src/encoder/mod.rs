@@ -11,13 +11,12 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) use added_tokens::Matcher;
 use merging::{Scratch, merge_piece};
 use pair_table::PairTable;
-use piece_cache::{Known, LongPieces, SHORT_TOKENS, ShortPieces};
+use piece_cache::{PieceCache, SHORT_TOKENS, key_of};
 pub(crate) use recover::merges_of_ranks;
 
 use crate::error::Result;
 use crate::hashing::FastMap;
 use crate::parallel::{self, Tick, Ticker};
-use crate::piece_key::{SHORT_PIECE, short_key};
 use crate::splitter::{Cuts, Pattern};
 use crate::vocabulary::{MergeRule, Vocabulary};
 
@@ -26,6 +25,10 @@ const PART: usize = 256 << 10;
 
 /// Batches below this many bytes are encoded by the calling thread alone.
 const PARALLEL_FROM: usize = 64 << 10;
+
+/// Pieces that are cut before they are looked up: a branch that cuts wrongly then delays no look-up, and look-ups wait for memory
+/// together.
+const GROUP: usize = 128;
 
 /// Turns text into ids. Shared by threads; each call borrows a [`Worker`] with its memory of pieces.
 pub(crate) struct Encoder {
@@ -39,11 +42,12 @@ pub(crate) struct Encoder {
 
 /// What one thread needs.
 struct Worker {
-    short: ShortPieces,
-    long: LongPieces,
+    cache: PieceCache,
+    /// Pieces that are looked up next: start, end and key.
+    pieces: Vec<(usize, usize, u128)>,
     scratch: Scratch,
     /// Tokens of the piece at hand.
-    piece: Vec<u32>,
+    tokens: Vec<u32>,
 }
 
 /// Ids that grow in steps, so that the hot loop can always store a full group.
@@ -209,44 +213,46 @@ impl Encoder {
     /// Encode text between two added tokens.
     fn encode_stretch(&self, text: &[u8], worker: &mut Worker, ids: &mut Ids) {
         self.pattern.for_each_piece(text, |start, end| {
-            if end - start > SHORT_PIECE {
-                self.encode_long_piece(&text[start..end], worker, ids);
-                return;
-            }
-            let key = short_key(text, start, end);
-            match worker.short.get(key) {
-                Known::Tokens(tokens, count) => ids.push_group(tokens, count),
-                Known::Many => self.encode_long_piece(&text[start..end], worker, ids),
-                Known::Nothing => {
-                    let piece = &text[start..end];
-                    self.encode_new_piece(piece, worker);
-                    if !worker.short.insert(key, &worker.piece) {
-                        worker.long.insert(piece, &worker.piece);
-                    }
-                    ids.extend(&worker.piece);
-                }
+            worker.pieces.push((start, end, key_of(text, start, end)));
+            if worker.pieces.len() == GROUP {
+                self.encode_pieces(text, worker, ids);
             }
         });
+        self.encode_pieces(text, worker, ids);
     }
 
-    /// Encode a piece that is long or has many tokens.
+    /// Encode and forget `worker.pieces`.
     #[inline(never)]
-    fn encode_long_piece(&self, piece: &[u8], worker: &mut Worker, ids: &mut Ids) {
-        if let Some(tokens) = worker.long.get(piece) {
+    fn encode_pieces(&self, text: &[u8], worker: &mut Worker, ids: &mut Ids) {
+        let mut pieces = std::mem::take(&mut worker.pieces);
+        for &(start, end, key) in &pieces {
+            match worker.cache.get(key) {
+                Some((tokens, count)) => ids.push_group(tokens, count),
+                None => self.encode_uncommon_piece(key, &text[start..end], worker, ids),
+            }
+        }
+        pieces.clear();
+        worker.pieces = pieces;
+    }
+
+    /// Encode a piece that is new, long or has many tokens.
+    #[inline(never)]
+    fn encode_uncommon_piece(&self, key: u128, piece: &[u8], worker: &mut Worker, ids: &mut Ids) {
+        if let Some(tokens) = worker.cache.get_stored(key, piece) {
             ids.extend(tokens);
             return;
         }
         self.encode_new_piece(piece, worker);
-        worker.long.insert(piece, &worker.piece);
-        ids.extend(&worker.piece);
+        worker.cache.insert(key, piece, &worker.tokens);
+        ids.extend(&worker.tokens);
     }
 
-    /// The tokens of a piece, into `worker.piece`.
+    /// The tokens of a piece, into `worker.tokens`.
     #[inline(never)]
     fn encode_new_piece(&self, piece: &[u8], worker: &mut Worker) {
-        worker.piece.clear();
+        worker.tokens.clear();
         if let Some(&id) = self.whole.as_ref().and_then(|whole| whole.get(piece)) {
-            worker.piece.push(id);
+            worker.tokens.push(id);
             return;
         }
         merge_piece(
@@ -254,17 +260,17 @@ impl Encoder {
             &self.byte_ids,
             piece,
             &mut worker.scratch,
-            &mut worker.piece,
+            &mut worker.tokens,
         );
     }
 
     fn borrow_worker(&self) -> Worker {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         idle.pop().unwrap_or_else(|| Worker {
-            short: ShortPieces::new(),
-            long: LongPieces::default(),
+            cache: PieceCache::new(),
+            pieces: Vec::with_capacity(GROUP),
             scratch: Scratch::default(),
-            piece: Vec::new(),
+            tokens: Vec::new(),
         })
     }
 

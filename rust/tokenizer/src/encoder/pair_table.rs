@@ -19,7 +19,15 @@ const EMPTY: u64 = u64::MAX;
 pub(super) struct PairTable {
     slots: Vec<(u64, Merge)>,
     mask: usize,
+    /// A bit for each hash of a pair, [`FILTER_BITS`] for each slot. Most neighbours do not merge, and this is small enough to say so
+    /// from the processor's caches.
+    filter: Vec<u64>,
+    /// How two bytes merge, at 256 * left + right: where every piece starts.
+    of_bytes: Vec<Merge>,
 }
+
+/// Bits of the filter per slot.
+const FILTER_BITS: usize = 8;
 
 /// The id that a merge makes.
 #[inline(always)]
@@ -74,26 +82,54 @@ impl PairTable {
         let mut table = Self {
             slots: vec![(EMPTY, NONE); size],
             mask: size - 1,
+            filter: vec![0; size * FILTER_BITS / 64],
+            of_bytes: Vec::with_capacity(1 << 16),
         };
         for (pair, merge) in pairs {
             table.insert(pair, merge);
+        }
+        for left in vocabulary.byte_ids() {
+            for right in vocabulary.byte_ids() {
+                table.of_bytes.push(table.get(*left, *right));
+            }
         }
         table
     }
 
     fn insert(&mut self, pair: u64, merge: Merge) {
-        let mut index = hash_u64(pair) as usize & self.mask;
+        let hash = hash_u64(pair) as usize;
+        let (word, bit) = self.filter_bit(hash);
+        self.filter[word] |= bit;
+        let mut index = hash & self.mask;
         while self.slots[index].0 != EMPTY {
             index = (index + 1) & self.mask;
         }
         self.slots[index] = (pair, merge);
     }
 
+    /// Word and bit of the filter: independent of the slot.
+    #[inline(always)]
+    fn filter_bit(&self, hash: usize) -> (usize, u64) {
+        let index = hash >> 32 & (self.filter.len() - 1);
+        (index, 1 << (hash >> 58))
+    }
+
+    /// How the bytes `left` and `right` merge, or [`NONE`].
+    #[inline(always)]
+    pub fn get_bytes(&self, left: u8, right: u8) -> Merge {
+        self.of_bytes[usize::from(left) << 8 | usize::from(right)]
+    }
+
     /// How `left` and `right` merge, or [`NONE`].
     #[inline(always)]
     pub fn get(&self, left: u32, right: u32) -> Merge {
         let pair = key(left, right);
-        let mut index = hash_u64(pair) as usize & self.mask;
+        let hash = hash_u64(pair) as usize;
+        let (word, bit) = self.filter_bit(hash);
+        if self.filter[word] & bit == 0 {
+            return NONE;
+        }
+        let mut index = hash & self.mask;
         loop {
             let (found, merge) = self.slots[index];
             if found == pair || found == EMPTY {

@@ -1,70 +1,89 @@
 //! Pieces seen before and their tokens. Small at first, so that short texts stay in the processor's caches; bounded at last: then new
 //! pieces push old ones out.
 
+use std::ops::Range;
+
 use crate::hashing::{hash_bytes, hash_u128};
+use crate::piece_key::{SHORT_PIECE, long_key, short_key};
 
-/// Sets of two pieces in the table of short pieces: 64 kB at first, 4 MB at most.
+/// Sets of two pieces: 64 kB at first, 8 MB at most.
 const FIRST_SETS: usize = 1 << 10;
-const MOST_SETS: usize = 1 << 16;
+const MOST_SETS: usize = 1 << 17;
 
-/// Most tokens of an entry of the short table.
+/// Most tokens that an entry holds itself; of a piece with more it says where they are.
 pub(super) const SHORT_TOKENS: usize = 4;
 
-/// Bits of the first id that hold the number of tokens; ids are below 2^28.
+/// Bits of the first number of a value that hold how many tokens it has; ids are below 2^28.
 const COUNT_SHIFT: u32 = 28;
+const BELOW_COUNT: u32 = (1 << COUNT_SHIFT) - 1;
 
-/// Stands for the number of tokens of a piece that has more than an entry can hold.
-const MANY: usize = SHORT_TOKENS + 1;
-
-/// Entries in the table of longer pieces: 24 kB at first, 1.5 MB at most.
-const FIRST_ENTRIES: usize = 1 << 10;
-const MOST_ENTRIES: usize = 1 << 16;
+/// Stands for the number of tokens in the value of a piece whose tokens, or whose bytes, are in the store.
+const STORED: u32 = SHORT_TOKENS as u32 + 1;
 
 /// Longest piece that is kept.
 const LONGEST_PIECE: usize = 256;
 
-/// Bytes of longer pieces that are kept before their table starts afresh.
-const MOST_BYTES: usize = 4 << 20;
+/// Bytes of the store before it starts afresh.
+const MOST_STORED: usize = 6 << 20;
 
-/// What the table of short pieces says of one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Known {
-    /// Not seen, or forgotten.
-    Nothing,
-    /// Its tokens: four slots of which the first ones count.
-    Tokens([u32; SHORT_TOKENS], usize),
-    /// Its tokens are too many: they are with the longer pieces, unless forgotten there.
-    Many,
-}
+/// The key of no piece.
+const EMPTY: u128 = 0;
 
 /// Two pieces in one cache line, the newer one first.
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Set {
-    /// Bytes and length of each piece; 0 = empty.
     keys: [u128; 2],
-    /// Up to four ids of each, their number in the top bits of the first.
-    values: [[u32; SHORT_TOKENS]; 2],
+    values: [Value; 2],
 }
 
+/// Up to four ids, their number in the top bits of the first; or for a piece in the store [`STORED`] in those bits and the number of ids
+/// below them, where its ids start, where its bytes start, and 0.
+type Value = [u32; SHORT_TOKENS];
+
 impl Set {
-    fn push(&mut self, key: u128, value: [u32; SHORT_TOKENS]) {
+    fn push(&mut self, key: u128, value: Value) {
         self.keys = [key, self.keys[0]];
         self.values = [value, self.values[0]];
     }
 }
 
-/// Tokens of pieces that fit a 16-byte key.
-pub(super) struct ShortPieces {
+/// Tokens of pieces by their keys.
+pub(super) struct PieceCache {
     sets: Vec<Set>,
     num_inserted: usize,
+    /// Ids of pieces that have more than [`SHORT_TOKENS`], or are longer than a key.
+    ids: Vec<u32>,
+    /// Bytes of pieces that are longer than a key.
+    bytes: Vec<u8>,
 }
 
-impl ShortPieces {
+/// The key of `text[start..end]`: exact for a short piece, a hash for a longer one, the same for all pieces that are not kept.
+#[inline(always)]
+pub(super) fn key_of(text: &[u8], start: usize, end: usize) -> u128 {
+    if end - start <= SHORT_PIECE {
+        short_key(text, start, end)
+    } else {
+        key_of_long(&text[start..end])
+    }
+}
+
+#[inline(never)]
+fn key_of_long(piece: &[u8]) -> u128 {
+    if piece.len() <= LONGEST_PIECE {
+        long_key(hash_bytes(piece))
+    } else {
+        EMPTY
+    }
+}
+
+impl PieceCache {
     pub fn new() -> Self {
         Self {
             sets: vec![Set::default(); FIRST_SETS],
             num_inserted: 0,
+            ids: Vec::new(),
+            bytes: Vec::new(),
         }
     }
 
@@ -73,42 +92,79 @@ impl ShortPieces {
         (hash_u128(key) >> 32) as usize & (self.sets.len() - 1)
     }
 
-    /// What is known of a piece.
+    /// The tokens of a piece that has up to four, and their number: four slots of which the first ones count.
     #[inline(always)]
-    pub fn get(&self, key: u128) -> Known {
+    pub fn get(&self, key: u128) -> Option<([u32; SHORT_TOKENS], usize)> {
         let Set { keys, values } = &self.sets[self.set_of(key)];
         // Which of the two it is cannot be predicted: select without a branch.
         let is_second = keys[1] == key;
-        if !((keys[0] == key) | is_second) {
-            return Known::Nothing;
-        }
         let mut value = values[usize::from(is_second)];
-        let count = (value[0] >> COUNT_SHIFT) as usize;
-        value[0] &= (1 << COUNT_SHIFT) - 1;
-        if count == MANY {
-            Known::Many
-        } else {
-            Known::Tokens(value, count)
-        }
+        let count = value[0] >> COUNT_SHIFT;
+        value[0] &= BELOW_COUNT;
+        // An empty entry has no tokens.
+        let known = ((keys[0] == key) | is_second) & (count.wrapping_sub(1) < STORED - 1);
+        known.then_some((value, count as usize))
     }
 
-    /// Remember a piece that is not there. `false` if its tokens are too many to be kept here.
-    pub fn insert(&mut self, key: u128, tokens: &[u32]) -> bool {
-        let mut value = [0; SHORT_TOKENS];
-        let slots = value.get_mut(..tokens.len());
-        let fits = slots.is_some();
-        if let Some(slots) = slots {
-            slots.copy_from_slice(tokens);
+    /// The tokens of a piece that [`Self::get`] does not give, if they are in the store.
+    pub fn get_stored(&self, key: u128, piece: &[u8]) -> Option<&[u32]> {
+        let Set { keys, values } = &self.sets[self.set_of(key)];
+        let way = keys.iter().position(|&known| known == key)?;
+        let [tag, ids, bytes, _] = values[way];
+        if tag >> COUNT_SHIFT != STORED {
+            return None;
         }
-        let count = if fits { tokens.len() } else { MANY };
-        value[0] |= (count as u32) << COUNT_SHIFT;
+        if piece.len() > SHORT_PIECE && self.bytes.get(range(bytes, piece.len())) != Some(piece) {
+            return None;
+        }
+        self.ids.get(range(ids, (tag & BELOW_COUNT) as usize))
+    }
+
+    /// Remember a piece that is not there.
+    pub fn insert(&mut self, key: u128, piece: &[u8], tokens: &[u32]) {
+        if key == EMPTY {
+            return;
+        }
+        let mut value = [0; SHORT_TOKENS];
+        match value.get_mut(..tokens.len()) {
+            Some(slots) if piece.len() <= SHORT_PIECE => {
+                slots.copy_from_slice(tokens);
+                value[0] |= (tokens.len() as u32) << COUNT_SHIFT;
+            }
+            _ => value = self.store(piece, tokens),
+        }
         if self.num_inserted == self.sets.len() && self.sets.len() < MOST_SETS {
             self.grow();
         }
         self.num_inserted += 1;
         let set = self.set_of(key);
         self.sets[set].push(key, value);
-        fits
+    }
+
+    fn store(&mut self, piece: &[u8], tokens: &[u32]) -> Value {
+        if self.bytes.len() + size_of_val(&self.ids[..]) > MOST_STORED {
+            self.start_store_afresh();
+        }
+        let tag = STORED << COUNT_SHIFT | tokens.len() as u32;
+        let value = [tag, self.ids.len() as u32, self.bytes.len() as u32, 0];
+        self.ids.extend_from_slice(tokens);
+        if piece.len() > SHORT_PIECE {
+            self.bytes.extend_from_slice(piece);
+        }
+        value
+    }
+
+    #[cold]
+    fn start_store_afresh(&mut self) {
+        self.ids.clear();
+        self.bytes.clear();
+        for Set { keys, values } in &mut self.sets {
+            for (key, value) in keys.iter_mut().zip(values) {
+                if value[0] >> COUNT_SHIFT == STORED {
+                    (*key, *value) = (EMPTY, Value::default());
+                }
+            }
+        }
     }
 
     #[cold]
@@ -117,7 +173,7 @@ impl ShortPieces {
         let old = std::mem::replace(&mut self.sets, larger);
         for Set { keys, values } in old {
             for way in [1, 0] {
-                if keys[way] != 0 {
+                if keys[way] != EMPTY {
                     let set = self.set_of(keys[way]);
                     self.sets[set].push(keys[way], values[way]);
                 }
@@ -126,75 +182,6 @@ impl ShortPieces {
     }
 }
 
-#[derive(Clone, Copy, Default)]
-struct LongEntry {
-    /// 0 = empty.
-    hash: u64,
-    bytes: (u32, u32),
-    ids: (u32, u32),
-}
-
-/// Tokens of pieces that are longer, or have more tokens, than an entry of [`ShortPieces`] can hold.
-#[derive(Default)]
-pub(super) struct LongPieces {
-    entries: Vec<LongEntry>,
-    bytes: Vec<u8>,
-    ids: Vec<u32>,
-    num_inserted: usize,
-}
-
-impl LongPieces {
-    /// The tokens of a piece, if they are known.
-    pub fn get(&self, piece: &[u8]) -> Option<&[u32]> {
-        if piece.len() > LONGEST_PIECE || self.entries.is_empty() {
-            return None;
-        }
-        let hash = hash_bytes(piece);
-        let entry = &self.entries[hash as usize & (self.entries.len() - 1)];
-        let known = entry.hash == hash && &self.bytes[range(entry.bytes)] == piece;
-        known.then(|| &self.ids[range(entry.ids)])
-    }
-
-    /// Remember a piece, in the place of another one if need be.
-    pub fn insert(&mut self, piece: &[u8], tokens: &[u32]) {
-        if piece.len() > LONGEST_PIECE {
-            return;
-        }
-        if self.bytes.len() + piece.len() > MOST_BYTES {
-            *self = Self::default();
-        }
-        if 2 * self.num_inserted >= self.entries.len() && self.entries.len() < MOST_ENTRIES {
-            self.grow();
-        }
-        self.num_inserted += 1;
-        let bytes = append(&mut self.bytes, piece);
-        let ids = append(&mut self.ids, tokens);
-        let hash = hash_bytes(piece);
-        self.place(LongEntry { hash, bytes, ids });
-    }
-
-    fn place(&mut self, entry: LongEntry) {
-        let index = entry.hash as usize & (self.entries.len() - 1);
-        self.entries[index] = entry;
-    }
-
-    #[cold]
-    fn grow(&mut self) {
-        let size = (2 * self.entries.len()).max(FIRST_ENTRIES);
-        let old = std::mem::replace(&mut self.entries, vec![LongEntry::default(); size]);
-        for entry in old.into_iter().filter(|entry| entry.hash != 0) {
-            self.place(entry);
-        }
-    }
-}
-
-/// Append items and give back where they are.
-fn append<T: Copy>(all: &mut Vec<T>, items: &[T]) -> (u32, u32) {
-    let start = all.len() as u32;
-    all.extend_from_slice(items);
-    (start, all.len() as u32)
-}
-
-fn range((start, end): (u32, u32)) -> std::ops::Range<usize> {
-    start as usize..end as usize
+fn range(start: u32, len: usize) -> Range<usize> {
+    start as usize..start as usize + len
 }

@@ -1,4 +1,9 @@
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
 
 use super::*;
 use crate::vocabulary::Parts;
@@ -48,22 +53,121 @@ fn listed(ignore_merges: bool) -> Vocabulary {
     })
 }
 
-/// The definition: look at every pair again after each merge.
+/// The definition, read from the vocabulary itself: look at every pair again after each merge.
 fn merge_slowly(vocabulary: &Vocabulary, piece: &[u8]) -> Vec<u32> {
-    let table = PairTable::new(vocabulary);
+    let tokens = vocabulary.ids();
     let mut ids: Vec<u32> = piece
         .iter()
         .map(|&byte| vocabulary.byte_ids()[usize::from(byte)])
         .collect();
+    let merge = |pair: &[u32]| {
+        let parts = [pair[0], pair[1]].map(|id| vocabulary.token(id).unwrap());
+        let &made = tokens.get(parts.concat().as_slice())?;
+        let priority = match vocabulary.rule() {
+            MergeRule::Ranks => made as usize,
+            MergeRule::Listed { merges, .. } => {
+                merges.iter().rposition(|&(l, r)| [l, r] == *pair)?
+            }
+        };
+        Some((priority, made))
+    };
     loop {
-        let merges = ids
-            .windows(2)
-            .enumerate()
-            .map(|(i, pair)| (table.get(pair[0], pair[1]), i));
-        let Some((merge, at)) = merges.min().filter(|&(merge, _)| merge != pair_table::NONE) else {
+        let merges = ids.windows(2).enumerate();
+        let earliest = merges.filter_map(|(at, pair)| Some((merge(pair)?, at)));
+        // The leftmost one among equals.
+        let Some(((_, made), at)) = earliest.min_by_key(|&((priority, _), at)| (priority, at))
+        else {
             return ids;
         };
-        ids.splice(at..at + 2, [pair_table::made(merge)]);
+        ids.splice(at..at + 2, [made]);
+    }
+}
+
+/// What [`Encoder::encode`] gives, piece by piece and from scratch.
+fn encode_slowly(vocabulary: &Vocabulary, text: &[u8]) -> Vec<u32> {
+    let whole_first = !matches!(
+        vocabulary.rule(),
+        MergeRule::Listed {
+            ignore_merges: false,
+            ..
+        }
+    );
+    let tokens = vocabulary.ids();
+    let pieces = vocabulary.pattern().pieces(text).into_iter();
+    let ids = pieces.flat_map(|(start, end)| {
+        let piece = &text[start..end];
+        match tokens.get(piece) {
+            Some(&id) if whole_first => vec![id],
+            _ => merge_slowly(vocabulary, piece),
+        }
+    });
+    ids.collect()
+}
+
+/// Bytes of Japanese kana and ideographs, of Latin text, and some that are no text.
+const FEW_BYTES: &[u8] = b"\xE3\x81\x82\x83\xE4\xB8\x80 ae\0\xFF";
+
+/// A vocabulary grown by joining tokens at random, its ids with gaps and its merges in any order.
+fn grown(joins: &[(prop::sample::Index, prop::sample::Index)], rule: u8) -> Vocabulary {
+    let mut tokens: BTreeMap<u32, Vec<u8>> = (0..=255u8)
+        .map(|byte| (u32::from(byte), vec![byte]))
+        .collect();
+    let mut usable: Vec<u32> = FEW_BYTES.iter().map(|&byte| u32::from(byte)).collect();
+    let mut merges = Vec::new();
+    for (left, right) in joins {
+        let (left, right) = (*left.get(&usable), *right.get(&usable));
+        let token = [&tokens[&left][..], &tokens[&right][..]].concat();
+        // Joining the same bytes again is one more merge for the same token.
+        if !tokens.values().any(|known| *known == token) {
+            let id = 300 + 3 * merges.len() as u32;
+            tokens.insert(id, token);
+            usable.push(id);
+        }
+        merges.push((left, right));
+    }
+    let rule = match rule {
+        0 => MergeRule::Ranks,
+        rule => {
+            if rule == 2 {
+                merges.reverse();
+            }
+            MergeRule::Listed {
+                merges,
+                ignore_merges: rule == 3,
+            }
+        }
+    };
+    Vocabulary::new(Parts {
+        pattern: Pattern::Gpt2,
+        rule,
+        tokens,
+        added: Vec::new(),
+    })
+    .unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn ids_follow_the_definition(
+        joins in vec(any::<(prop::sample::Index, prop::sample::Index)>(), 0..60),
+        rule in 0..4u8,
+        few in vec(select(FEW_BYTES), 0..120),
+        kana in vec(select(&["\u{3042}", "\u{3043}", "\u{4E00}", "a", " "][..]), 0..150),
+        all in vec(any::<u8>(), 0..120),
+    ) {
+        let vocabulary = grown(&joins, rule);
+        let encoder = Encoder::new(&vocabulary);
+        let all_bytes: Vec<u8> = (0..=255).collect();
+        for text in [few, kana.concat().into_bytes(), all, all_bytes] {
+            let expected = encode_slowly(&vocabulary, &text);
+            // The second time from memory.
+            for _ in 0..2 {
+                let ids = encoder.encode(&text, &Matcher::default(), &mut go_on).unwrap();
+                prop_assert_eq!(&ids, &expected);
+            }
+        }
     }
 }
 
@@ -128,53 +232,71 @@ fn merges_come_back_from_ranks_only_where_every_token_is_one_merge() {
 }
 
 #[test]
-fn short_pieces_are_remembered_until_newer_ones_push_them_out() {
-    let mut cache = ShortPieces::new();
-    let key = |number: u64| short_key(format!("piece {number:09}").as_bytes(), 0, 15);
-    assert_eq!(cache.get(key(0)), Known::Nothing);
-    assert!(cache.insert(key(0), &[(1 << 28) - 1, 2, 3]));
-    assert_eq!(
-        cache.get(key(0)),
-        Known::Tokens([(1 << 28) - 1, 2, 3, 0], 3)
-    );
-    assert!(!cache.insert(key(1), &[1, 2, 3, 4, 5]));
-    assert_eq!(cache.get(key(1)), Known::Many);
+fn pieces_are_remembered_until_newer_ones_push_them_out() {
+    let mut cache = PieceCache::new();
+    let piece = |number: u64| format!("piece {number:09}").into_bytes();
+    let key = |number: u64| key_of(&piece(number), 0, 15);
+    assert_eq!(cache.get(key(0)), None);
+    cache.insert(key(0), &piece(0), &[(1 << 28) - 1, 2, 3]);
+    assert_eq!(cache.get(key(0)), Some(([(1 << 28) - 1, 2, 3, 0], 3)));
+    assert_eq!(cache.get_stored(key(0), &piece(0)), None);
     // The table grows: what was there stays, until it is as large as it gets.
-    for number in 2..20_000 {
-        assert!(cache.insert(key(number), &[number as u32, 1]));
+    for number in 1..20_000 {
+        cache.insert(key(number), &piece(number), &[number as u32, 1]);
     }
-    let known = |cache: &ShortPieces, number: u64| {
+    let known = |cache: &PieceCache, number: u64| {
         let tokens = cache.get(key(number));
-        assert!(tokens == Known::Nothing || tokens == Known::Tokens([number as u32, 1, 0, 0], 2));
-        tokens != Known::Nothing
+        assert!(tokens.is_none() || tokens == Some(([number as u32, 1, 0, 0], 2)));
+        tokens.is_some()
     };
-    let kept = (2..20_000).filter(|&number| known(&cache, number)).count();
+    let kept = (1..20_000).filter(|&number| known(&cache, number)).count();
     assert!(kept > 16_000, "{kept}");
-    for number in 20_000..400_000 {
-        cache.insert(key(number), &[number as u32, 1]);
+    for number in 20_000..800_000 {
+        cache.insert(key(number), &piece(number), &[number as u32, 1]);
         assert!(known(&cache, number));
     }
-    let kept = (2..400_000).filter(|&number| known(&cache, number)).count();
-    assert!((100_000..=1 << 17).contains(&kept), "{kept}");
+    let kept = (1..800_000).filter(|&number| known(&cache, number)).count();
+    assert!((200_000..=1 << 18).contains(&kept), "{kept}");
 }
 
 #[test]
-fn long_pieces_are_remembered_until_the_table_starts_afresh() {
-    let mut cache = LongPieces::default();
-    let piece = |number: u32| format!("a piece that is rather long, number {number}").into_bytes();
-    for number in 0..300_000 {
-        cache.insert(&piece(number), &[number, 1]);
-        assert_eq!(cache.get(&piece(number)), Some(&[number, 1][..]));
+fn stored_pieces_are_remembered_until_the_store_starts_afresh() {
+    let mut cache = PieceCache::new();
+    // By turns longer than a key, and with more tokens than an entry has room for.
+    let piece = |number: u32| match number % 2 {
+        0 => format!("a piece that is rather long, number {number}").into_bytes(),
+        _ => format!("piece {number}").into_bytes(),
+    };
+    let tokens = |number: u32| vec![number; if number.is_multiple_of(2) { 2 } else { 7 }];
+    let key = |number: u32| key_of(&piece(number), 0, piece(number).len());
+    let short = b"short";
+    let short_key = key_of(short, 0, short.len());
+    cache.insert(short_key, short, &[5]);
+    for number in 0..500_000 {
+        cache.insert(key(number), &piece(number), &tokens(number));
+        let known = cache.get_stored(key(number), &piece(number));
+        assert_eq!(known, Some(&tokens(number)[..]));
+        assert_eq!(cache.get(key(number)), None);
         if number == 1000 {
-            let kept = (0..1000)
-                .filter(|&number| cache.get(&piece(number)) == Some(&[number, 1]))
-                .count();
-            assert!(kept > 600, "{kept}");
+            assert_eq!(cache.get(short_key), Some(([5, 0, 0, 0], 1)));
         }
     }
-    assert_eq!(cache.get(b"a piece that was never there"), None);
-    cache.insert(&[b'x'; 300], &[1]);
-    assert_eq!(cache.get(&[b'x'; 300]), None);
+    let kept = (0..500_000).filter(|&number| {
+        let known = cache.get_stored(key(number), &piece(number));
+        assert!(known.is_none() || known == Some(&tokens(number)[..]));
+        known.is_some()
+    });
+    let kept = kept.count();
+    assert!((10_000..200_000).contains(&kept), "{kept}");
+    // The same key is not yet the same piece.
+    assert!(cache.get_stored(key(499_998), &piece(499_998)).is_some());
+    assert_eq!(cache.get_stored(key(499_998), &piece(499_996)), None);
+    // What is too long is not kept.
+    let endless = [b'x'; 300];
+    let endless_key = key_of(&endless, 0, 300);
+    cache.insert(endless_key, &endless, &[1]);
+    assert_eq!(cache.get(endless_key), None);
+    assert_eq!(cache.get_stored(endless_key, &endless), None);
 }
 
 #[test]
