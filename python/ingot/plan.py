@@ -47,6 +47,7 @@ _REPEATS_THAT_HELP = 15.4
 # Evaluation, checkpoints and reading take their share of the time beside the steps.
 _SHARE_OF_TIME_IN_STEPS = 0.9
 _MAX_EPOCHS = 60.0
+_LEAST_STEPS = 100
 _SAMPLE_BYTES = 4_000_000
 
 
@@ -148,10 +149,16 @@ def plan(
     architecture = _architecture(best)
     config = architecture.resolve(vocab_size, max_length)
     step_s = _probe(config, max_length, rows, threads)
+    # The choice went by the fastest step seen; where the machine has slowed down since, a smaller network still learns something.
+    while train_s / step_s < _LEAST_STEPS and best != _LADDER[0]:
+        best = _LADDER[_LADDER.index(best) - 1]
+        architecture = _architecture(best)
+        config = architecture.resolve(vocab_size, max_length)
+        step_s = _probe(config, max_length, rows, threads)
     by_time = int(train_s / step_s)
     by_text = int(corpus_tokens * _MAX_EPOCHS / (rows * max_length))
     max_steps = max(1, min(by_time, by_text))
-    if by_time < 100:
+    if by_time < _LEAST_STEPS:
         raise ConfigError(
             f"only {by_time} steps of {step_s:.2f} s fit into {max_time_s:.0f} s, too few to learn from: give --max-time more"
         )
