@@ -238,7 +238,7 @@ def test_a_time_decides_the_number_of_steps_once(config):
 def test_fitting_to_a_time_reserves_room_for_the_rest():
     steps, limit = fit_to_time(1000.0, 0.1, 1.0, 0.5, 4)
     assert limit is None
-    assert Cost(0.1, 2.0, 1.0).total_s(steps, 12, 10) == pytest.approx(960, abs=0.2)
+    assert Cost(0.1, 2.0, 1.0, memory_bytes=0).total_s(steps, 12, 10) == pytest.approx(960, abs=0.2)
     steps, limit = fit_to_time(1000.0, 0.1, 1.0, 0.5, 4000)
     assert limit == 16
     assert 0.8 * 9600 < steps < 9600
