@@ -16,6 +16,7 @@ import ingot
 from ingot.models.reference import reference_of
 from ingot.models.sharing import SharedBase
 from ingot.tokenizer import Tokenizer
+from ingot.training.memory import Held
 from ingot.training.prompts import Prompt, Prompts
 from ingot.training.scores import Scores
 from ingot.training.setup import Setup
@@ -95,6 +96,7 @@ def setup(seed: int, *, num_values: int = 0, score: Any = hits, gold: Any = None
         max_sequences=64,
         pack_length=4096,
         facts=facts,
+        held=(Held(SHAPE, num_trained=SHAPE.num_parameters),),
     )
 
 

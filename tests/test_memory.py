@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ingot.configs import DPOConfig, ModelConfig, SFTConfig
@@ -184,3 +185,11 @@ def test_real_runs_take_what_is_said(wide: Path, phase: str) -> None:
     )
     said, peak = json.loads(done.stdout.splitlines()[-1])
     assert 0.8 < said / peak < 1.2, f"said {said / 1e6:.0f} MB, took {peak / 1e6:.0f} MB"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the inheritance is Linux's")
+def test_the_peak_is_that_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    held = np.ones(50_000_000)
+    line = "from ingot.environment import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert 5e6 < int(done.stdout) < 0.5 * held.nbytes

@@ -76,6 +76,8 @@ dialogues = st.lists(st.tuples(texts, texts), min_size=1, max_size=2).map(
     lambda pairs: [turn for asked, said in pairs for turn in (user(asked), assistant(said))]
 )
 different = st.lists(texts, min_size=2, max_size=4, unique=True)
+# Neither of the first two begins with the other: without a prompt, nothing would be left of one.
+diverging = different.filter(lambda two: two[0][: len(two[1])] != two[1][: len(two[0])])
 KINDS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "text": st.builds(lambda text: {"text": text}, texts),
     "messages": st.builds(lambda messages: {"messages": messages}, dialogues),
@@ -87,7 +89,7 @@ KINDS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         different,
     ),
     "implicit pair": st.builds(
-        lambda text, two: {"chosen": f"{text}\n{two[0]}", "rejected": f"{text}\n{two[1]}"}, texts, different
+        lambda text, two: {"chosen": f"{text}\n{two[0]}", "rejected": f"{text}\n{two[1]}"}, texts, diverging
     ),
     "verdict": st.builds(
         lambda prompt, text, label: {"prompt": prompt, "completion": text, "label": label}, texts, texts, st.booleans()
