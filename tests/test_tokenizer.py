@@ -453,7 +453,10 @@ def test_progress_is_reported_and_can_stop() -> None:
 def test_interrupts_stop_long_work(work: str) -> None:
     tokenizer = train([TEXT], 600)
     letters = "".join(random.Random(8).choices("abcdefghij", k=200_000))
-    text = (letters + " ") * 60
+    # Seconds of work, where the signal comes after a tenth of one.
+    text = (letters + " ") * 300
+    rng = random.Random(9)
+    words = " ".join("".join(rng.choices("abcdefghijklmnop", k=30)) for _ in range(300_000 if work == "train" else 0))
 
     def run() -> None:
         if work == "encode":
@@ -461,13 +464,11 @@ def test_interrupts_stop_long_work(work: str) -> None:
         elif work == "encode_batch":
             tokenizer.encode_batch_to_numpy([text] * 4, threads=2)
         else:
-            rng = random.Random(9)
-            words = ("".join(rng.choices("abcdefghijklmnop", k=30)) for _ in range(300_000))
-            train([" ".join(words)], 60_000)
+            train([words], 60_000)
 
     main = threading.main_thread().ident
     assert main is not None
-    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT))
+    timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
     started = time.perf_counter()
     timer.start()
     with pytest.raises(KeyboardInterrupt):
