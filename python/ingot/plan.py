@@ -146,15 +146,13 @@ def plan(
         elif score > 1.02 * best_score:
             break
 
-    architecture = _architecture(best)
-    config = architecture.resolve(vocab_size, max_length)
-    step_s = _probe(config, max_length, rows, threads)
     # The choice went by the fastest step seen; where the machine has slowed down since, a smaller network still learns something.
-    while train_s / step_s < _LEAST_STEPS and best != _LADDER[0]:
-        best = _LADDER[_LADDER.index(best) - 1]
-        architecture = _architecture(best)
+    for shape in reversed(_LADDER[: _LADDER.index(best) + 1]):
+        architecture = _architecture(shape)
         config = architecture.resolve(vocab_size, max_length)
         step_s = _probe(config, max_length, rows, threads)
+        if train_s / step_s >= _LEAST_STEPS:
+            break
     by_time = int(train_s / step_s)
     by_text = int(corpus_tokens * _MAX_EPOCHS / (rows * max_length))
     max_steps = max(1, min(by_time, by_text))
@@ -167,8 +165,8 @@ def plan(
     words = ["ingot", "pretrain", "--data", *data, "--output", output]
     words += ["--tokenizer", tokenizer_path] if tokenizer_path is not None else ["--vocab-size", str(vocab_size)]
     words += ["--separator", separator] if separator is not None else []
-    words += ["--model.hidden-size", str(best[0]), "--model.num-hidden-layers", str(best[1])]
-    words += ["--model.num-attention-heads", str(best[2]), "--max-length", str(max_length)]
+    words += ["--model.hidden-size", str(shape[0]), "--model.num-hidden-layers", str(shape[1])]
+    words += ["--model.num-attention-heads", str(shape[2]), "--max-length", str(max_length)]
     words += ["--per-device-train-batch-size", str(rows), "--max-steps", str(max_steps)]
     words += ["--learning-rate", f"{learning_rate:g}"]
     return Plan(
