@@ -14,7 +14,7 @@ import pytest
 
 from ingot.cli import COMMANDS, main
 from ingot.cli.generate import read_prompts
-from ingot.errors import DataError
+from ingot.errors import ConfigError, DataError
 
 TEXT = "".join(
     f"{who} went to the {place} and found a {thing}. It was {number}.\n"
@@ -303,6 +303,23 @@ def test_plan_names_a_command_that_parses(workshop, capsys):
 
     planned = Pretrain.parse(facts["command"].split()[2:])
     assert planned.max_steps == facts["max_steps"]
+
+
+def test_plan_takes_a_smaller_network_where_the_machine_has_slowed_down(workshop, monkeypatch):
+    from ingot import plan as planning
+
+    corpus = [str(workshop / "a.txt")]
+    monkeypatch.setattr(planning, "_measured_flops", lambda *shape: 1e13)
+    monkeypatch.setattr(planning, "_probe", lambda *shape: 1e-3)
+    swift = planning.plan(corpus, 60.0)
+    monkeypatch.setattr(planning, "_probe", lambda config, *shape: config.hidden_size / 256)
+    slowed = planning.plan(corpus, 60.0)
+    assert swift.architecture.hidden_size > 128 == slowed.architecture.hidden_size
+    assert (slowed.architecture.num_hidden_layers, slowed.max_steps) == (6, 108)
+    assert "--model.hidden-size 128 --model.num-hidden-layers 6" in slowed.command
+    monkeypatch.setattr(planning, "_probe", lambda config, *shape: 1.0)
+    with pytest.raises(ConfigError, match="give --max-time more"):
+        planning.plan(corpus, 60.0)
 
 
 def test_env_is_a_report(capsys):
